@@ -1,0 +1,116 @@
+// The whole surface of the native core: plain structs, raw pointers, no torch.
+//
+// Everything is one of two indexed products over the nonzeros (r, k, w) of a pattern, with lanes =
+// spatial positions x batch samples:
+//     gather product   D[r, p] = bias[r] + sum_k  w * S[channel(k), p * step + tap(k)]
+//     sampled product  dw[j]   = sum_p  G[r(j), p] * S[channel(j), p * step + tap(j)]
+// Forward is a gather product over the pattern's rows; the input gradient is the same product over
+// the transposed rows, once per phase of the stride; a linear layer is the case of one position.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace sparse_ft {
+
+// A 4-D activation (sample n, channel c, row y, column x); strides in floats. Either n (batch-last)
+// or c (channels-last, token-major) has stride 1.
+struct View {
+    float* data;
+    int64_t n, c, y, x;
+};
+
+constexpr int64_t kMaxTaps = 4096;  // kernel height x width
+
+// A grid of positions. Forward has one plane; the input gradient has one for each phase of the
+// stride, whose rows hold just the taps that reach it.
+struct Plane {
+    const int32_t* row_ptr;           // rows + 1 entries into col and perm
+    int64_t height, width;            // positions
+    int64_t dest_y, dest_x;           // destination of position (0, 0)
+    const int32_t *tap_y, *tap_x;     // source offset of each kernel row and column; kNoTap: not in this plane
+};
+constexpr int32_t kNoTap = INT32_MIN;
+
+struct Geometry {
+    int64_t batch;
+    int64_t groups, rows_per_group, channels_per_group;  // channel = group * channels_per_group + col / taps
+    int64_t taps_h, taps_w;
+    int64_t source_h, source_w;
+    int64_t step_y, step_x;            // source step from one position to the next
+    int64_t dest_step_y, dest_step_x;  // destination step from one position to the next
+};
+
+struct Product {
+    Geometry geometry;
+    int64_t plane_count;
+    const Plane* planes;
+    int64_t nnz;
+    const int32_t* col;    // channel-in-group * taps + tap, strictly increasing within a row
+    const float* values;
+    const int32_t* perm;   // value of entry j is values[perm[j]]; null: values[j]
+    const float* bias;     // null: 0
+    View source, dest;     // dest may be null data in a sampled product
+    View grad;             // sampled product: G; unused otherwise
+    float* value_grad;     // sampled product: dw (nnz)
+    int threads;
+};
+
+struct Norm {  // batch normalisation over a batch-last activation: channel c is `size` contiguous floats
+    int64_t channels, size;
+    const float *x, *weight, *bias;  // weight, bias may be null
+    float *mean, *rstd;              // per channel; written in training, read otherwise
+    float* variance;                 // biased, written in training, may be null
+    float* y;
+    const float* grad;
+    float *grad_x, *grad_weight, *grad_bias;  // each may be null
+    float eps;
+    bool training;
+    int threads;
+};
+
+struct Transpose {  // to[b][j][i] = from[b][i][j], i < rows, j < cols; strides in floats
+    const float* from;
+    float* to;
+    int64_t batch_outer, batch_inner, rows, cols;
+    int64_t from_outer, from_inner, from_row;  // from column stride 1
+    int64_t to_outer, to_inner, to_col;        // to row stride 1
+    int threads;
+};
+
+// What one instruction set offers. A function returns null, or a static text saying what is wrong
+// with the pattern it was given; nothing has been written then.
+struct Kernels {
+    const char* name;
+    int lanes;
+    const char* (*gather_product)(const Product&);
+    const char* (*sampled_product)(const Product&);
+    void (*norm_forward)(const Norm&);
+    void (*norm_backward)(const Norm&);
+    void (*transpose)(const Transpose&);
+    double (*fma_peak)(double seconds);       // GF/s of one thread: FMA from registers
+    double (*load_fma_peak)(int64_t bytes, double seconds);  // one vector load per FMA over a buffer of `bytes`
+};
+
+const Kernels* kernels_portable();
+#if defined(SPARSE_FT_X86)
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+#endif
+
+// ---- pattern.cpp -----------------------------------------------------------------------------
+struct PatternShape {
+    int64_t out_channels, in_per_group, kernel_h, kernel_w, groups;
+    int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+};
+int64_t count_nonzero(const float* weight, int64_t numel, int threads);
+int64_t count_true(const uint8_t* mask, int64_t numel, int threads);
+// Fills row_ptr (out + 1) and col (nnz) from a dense weight or mask, and values where `values` is not null.
+void build_rows(const float* weight, const uint8_t* mask, int64_t rows, int64_t cols, int32_t* row_ptr, int32_t* col,
+                float* values, int threads);
+// Transposed rows: (stride phase, input channel); entry = output-channel-in-group * taps + tap.
+void build_transpose(const PatternShape&, const int32_t* row_ptr, const int32_t* col, int32_t* t_row_ptr,
+                     int32_t* t_col, int32_t* perm);
+// Null, or what is wrong: range, order, count.
+const char* validate_rows(const int32_t* row_ptr, int64_t rows, const int32_t* col, int64_t nnz, int64_t cols);
+
+}  // namespace sparse_ft

@@ -1,0 +1,23 @@
+// One instruction set's kernels, in one translation unit: built once per set with that set's flags.
+// Everything in it has a namespace of its own, so no two sets share an inline function.
+#include "gather_product.cpp"
+#include "layout.cpp"
+#include "norm.cpp"
+#include "roofs.cpp"
+#include "sampled_product.cpp"
+
+#define SPARSE_FT_JOIN_(a, b) a##b
+#define SPARSE_FT_JOIN(a, b) SPARSE_FT_JOIN_(a, b)
+#define SPARSE_FT_TEXT_(a) #a
+#define SPARSE_FT_TEXT(a) SPARSE_FT_TEXT_(a)
+
+namespace sparse_ft {
+
+const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
+    using namespace SPARSE_FT_ISA;
+    static const Kernels table{SPARSE_FT_TEXT(SPARSE_FT_ISA), kLanes,       gather_product, sampled_product, norm_forward,
+                               norm_backward,                 transpose_batches, fma_peak,       load_fma_peak};
+    return &table;
+}
+
+}  // namespace sparse_ft

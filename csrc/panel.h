@@ -1,0 +1,155 @@
+// Packing a tile's panel, and the per-call table of panel offsets. See tiling.h for the layout.
+#pragma once
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "api.h"
+#include "simd.h"
+#include "tiling.h"
+
+namespace sparse_ft {
+namespace SPARSE_FT_ISA {
+
+// Scratch memory that a thread keeps between calls, so that a product allocates (and page-faults) nothing.
+class Scratch {
+  public:
+    float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
+    int32_t* ints(size_t count) { return static_cast<int32_t*>(bytes(count * sizeof(int32_t))); }
+
+  private:
+    void* bytes(size_t size) {
+        if (size > size_) {
+            std::free(data_.release());
+            size_ = 0;
+            const size_t rounded = (size + size / 4 + 4095) / 4096 * 4096;
+            void* p = std::aligned_alloc(4096, rounded);
+            if (p == nullptr) throw std::bad_alloc();
+            data_.reset(p);
+            size_ = rounded;
+        }
+        return data_.get();
+    }
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    std::unique_ptr<void, Free> data_;
+    size_t size_ = 0;
+};
+
+struct Tile {  // one tile's place: first sample, position row and column, and its clipped extents
+    int64_t n, y, x, lanes, rows, cols;
+    Tile(const Tiling& t, const Geometry& g, const Plane& p, int64_t index) {
+        const int64_t xi = index % t.x_tiles, yi = index / t.x_tiles % t.y_tiles, ni = index / t.x_tiles / t.y_tiles;
+        n = ni * t.lanes;
+        y = yi * t.rows;
+        x = xi * t.cols;
+        lanes = std::min(t.lanes, g.batch - n);
+        rows = std::min(t.rows, p.height - y);
+        cols = std::min(t.cols, p.width - x);
+    }
+    int64_t run() const { return cols * lanes; }  // contiguous lanes of one position row (cols > 1 only with full lanes)
+};
+
+inline void pack_row(const Tiling& t, const Tile& tile, const View& s, int64_t source_w, const float* row, int64_t phase,
+                     float* to) {
+    // Only the columns that the clipped tile reaches are packed.
+    const int64_t count = tile.cols + t.x.reach;
+    const int64_t step = t.x.step, first = t.x.source(tile.x, phase, 0);
+    // Entries i with 0 <= first + i * step < source_w.
+    const int64_t low = std::clamp<int64_t>(first >= 0 ? 0 : (-first + step - 1) / step, 0, count);
+    const int64_t high = std::clamp<int64_t>(first >= source_w ? 0 : (source_w - 1 - first) / step + 1, low, count);
+    std::memset(to, 0, size_t(low * t.lanes) * sizeof(float));
+    const float* from = row + (first + low * step) * s.x;
+    if (step * s.x == t.lanes && tile.lanes == t.lanes) {
+        std::memcpy(to + low * t.lanes, from, size_t((high - low) * t.lanes) * sizeof(float));
+    } else {
+        for (int64_t i = low; i < high; ++i, from += step * s.x) {
+            std::memcpy(to + i * t.lanes, from, size_t(tile.lanes) * sizeof(float));
+            if (tile.lanes < t.lanes)
+                std::memset(to + i * t.lanes + tile.lanes, 0, size_t(t.lanes - tile.lanes) * sizeof(float));
+        }
+    }
+    std::memset(to + high * t.lanes, 0, size_t((count - high) * t.lanes) * sizeof(float));
+}
+
+// Packs channels [channel, channel + count) of the source into the panel.
+inline void pack_panel(const Tiling& t, const Tile& tile, const Geometry& g, const View& s, int64_t channel,
+                       int64_t count, float* panel) {
+    for (int64_t py = 0; py < t.y.phase_count(); ++py) {
+        for (int64_t r = 0; r < tile.rows + t.y.reach; ++r) {
+            const int64_t y = t.y.source(tile.y, py, r);
+            const bool inside = y >= 0 && y < g.source_h;
+            for (int64_t px = 0; px < t.x.phase_count(); ++px) {
+                float* to = panel + (py * t.panel_rows + r) * t.row_stride + px * t.panel_cols * t.lanes;
+                const int64_t entries = tile.cols + t.x.reach;
+                if (!inside) {
+                    for (int64_t c = 0; c < count; ++c)
+                        std::memset(to + c * t.channel_stride, 0, size_t(entries * t.lanes) * sizeof(float));
+                } else if (s.n == 1) {
+                    const float* row = s.data + channel * s.c + y * s.y + tile.n;
+                    for (int64_t c = 0; c < count; ++c)
+                        pack_row(t, tile, s, g.source_w, row + c * s.c, px, to + c * t.channel_stride);
+                } else {
+                    for (int64_t i = 0; i < entries; ++i) {
+                        const int64_t x = t.x.source(tile.x, px, i);
+                        float* cell = to + i * t.lanes;
+                        if (x >= 0 && x < g.source_w) {
+                            transpose(s.data + channel + y * s.y + x * s.x + tile.n * s.n, s.n, cell, t.channel_stride,
+                                      tile.lanes, count);
+                            if (tile.lanes < t.lanes)
+                                for (int64_t c = 0; c < count; ++c)
+                                    std::memset(cell + c * t.channel_stride + tile.lanes, 0,
+                                                size_t(t.lanes - tile.lanes) * sizeof(float));
+                        } else {
+                            for (int64_t c = 0; c < count; ++c)
+                                std::memset(cell + c * t.channel_stride, 0, size_t(t.lanes) * sizeof(float));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Panel offset of every entry of one plane, checked on the way: a malformed pattern is found here,
+// before any kernel reads through it.
+struct OffsetTable {
+    std::vector<int32_t> offset, block;  // per column index: floats from its block's panel; its block
+    OffsetTable(const Tiling& t, const Geometry& g) {
+        const int64_t taps = g.taps_h * g.taps_w;
+        offset.resize(size_t(g.channels_per_group * taps));
+        block.resize(offset.size());
+        std::vector<int64_t> tap(static_cast<size_t>(taps));
+        for (int64_t k = 0; k < taps; ++k) tap[k] = t.tap_offset(k / g.taps_w, k % g.taps_w);
+        for (int64_t c = 0, i = 0; c < g.channels_per_group; ++c)
+            for (int64_t k = 0; k < taps; ++k, ++i) {
+                block[i] = int32_t(c / t.block_channels);
+                offset[i] = tap[k] < 0 ? -1 : int32_t(c % t.block_channels * t.channel_stride + tap[k]);
+            }
+    }
+    // segment[b]..segment[b + 1]: the entries of `row` in block b.
+    const char* prepare(const Tiling& t, const Geometry& g, const int32_t* row_ptr, int64_t row, int64_t nnz,
+                        const int32_t* col, int32_t* offsets, int32_t* segment) const {
+        const int32_t begin = row_ptr[row], end = row_ptr[row + 1];
+        if (begin < 0 || end < begin || end > nnz) return "row pointers are not ascending within the number of nonzeros";
+        const int64_t group = row / g.rows_per_group;
+        const int32_t base = int32_t(group % t.groups_per_chunk * g.channels_per_group * t.channel_stride);
+        const int64_t cols = int64_t(offset.size());
+        int32_t current = 0, before = -1;
+        segment[0] = begin;
+        for (int32_t j = begin; j < end; ++j) {
+            const int32_t k = col[j];
+            if (k <= before || k >= cols) return "column indices are out of range or not ascending within a row";
+            before = k;
+            if (offset[k] < 0) return "an entry's kernel position does not belong to its stride phase";
+            for (; current < block[k]; ++current) segment[current + 1] = j;
+            offsets[j] = base + offset[k];
+        }
+        for (; current < t.blocks; ++current) segment[current + 1] = end;
+        return nullptr;
+    }
+};
+
+}  // namespace SPARSE_FT_ISA
+}  // namespace sparse_ft

@@ -1,0 +1,69 @@
+// What this core can do at best: the lines that benchmarks are drawn against.
+#include <chrono>
+#include <vector>
+
+#include "api.h"
+#include "simd.h"
+
+namespace sparse_ft {
+namespace SPARSE_FT_ISA {
+namespace {
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+template <class Body>  // best rate of repeated short runs within `seconds`
+double best_rate(double seconds, double flops, Body body) {
+    double best = 0;
+    const double end = now() + seconds;
+    do {
+        const double start = now();
+        body();
+        const double rate = flops / (now() - start);
+        if (rate > best) best = rate;
+    } while (now() < end);
+    return best / 1e9;
+}
+
+volatile float sink;
+
+}  // namespace
+
+double fma_peak(double seconds) {
+    constexpr int kChains = 12, kRounds = 20000;
+    return best_rate(seconds, 2.0 * kChains * kRounds * kLanes, [] {
+        vec acc[kChains] = {};
+        vec a = splat(1.0f + 1e-9f * sink), b = splat(0.5f);
+        for (int i = 0; i < kRounds; ++i) {
+            for (int k = 0; k < kChains; ++k) acc[k] = acc[k] * a + b;
+            asm volatile("" ::: "memory");
+        }
+        vec total = {};
+        for (int k = 0; k < kChains; ++k) total += acc[k];
+        sink = sum(total) * 0.0f;
+    });
+}
+
+double load_fma_peak(int64_t bytes, double seconds) {
+    constexpr int kChains = 8;
+    const int64_t step = kChains * kLanes, count = bytes / 4 / step * step;
+    std::vector<float> buffer(size_t(count) + 64, 0.5f);
+    float* data = buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) / 4;
+    const int64_t rounds = 1 + (8 << 20) / (bytes + 1);
+    return best_rate(seconds, 2.0 * double(count) * double(rounds), [&] {
+        vec acc[kChains] = {};
+        const vec w = splat(1.0f + 1e-9f * sink);
+        for (int64_t r = 0; r < rounds; ++r) {
+            for (int64_t i = 0; i < count; i += step)
+                for (int k = 0; k < kChains; ++k) acc[k] += w * load(data + i + k * kLanes);
+            asm volatile("" ::: "memory");
+        }
+        vec total = {};
+        for (int k = 0; k < kChains; ++k) total += acc[k];
+        sink = sum(total) * 0.0f;
+    });
+}
+
+}  // namespace SPARSE_FT_ISA
+}  // namespace sparse_ft

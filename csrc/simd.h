@@ -1,0 +1,114 @@
+// One vector type for every instruction set: GCC/Clang vector extensions, compiled once per set.
+// kLanes floats per vector; arithmetic operators work element by element and contract to FMA.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace sparse_ft {
+namespace SPARSE_FT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef float vec_u __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef float vec8 __attribute__((vector_size(32), may_alias));
+typedef float vec8_u __attribute__((vector_size(32), aligned(4), may_alias));
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<vec_u*>(p) = v; }
+inline vec splat(float x) { return x - vec{}; }
+
+// The first `count` lanes of v; the others become +0 (also when they hold NaN).
+inline vec keep_lanes(vec v, ivec mask) { return reinterpret_cast<vec>(reinterpret_cast<ivec>(v) & mask); }
+inline ivec lane_mask(int count) {
+    ivec mask;
+    for (int i = 0; i < kLanes; ++i) mask[i] = i < count ? -1 : 0;
+    return mask;
+}
+
+inline float sum(vec v) {
+    float total = 0;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+}
+
+// Sums of eight vectors at once: out[i] = sum(v[i]). A shuffle tree costs about five operations
+// a sum; eight separate horizontal sums would cost as much as the products that they close.
+inline vec8 sum8(const vec* v) {
+    vec8 h[8];
+    for (int i = 0; i < 8; ++i) {
+#if defined(__AVX512F__)
+        h[i] = __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+        h[i] = v[i];
+#else
+        h[i] = vec8{v[i][0], v[i][1], v[i][2], v[i][3], 0, 0, 0, 0};
+#endif
+    }
+    vec8 q[4];
+    for (int i = 0; i < 4; ++i) {  // per 128-bit half: pairs (0+1, 2+3) of h[2i] then of h[2i+1]
+        const vec8 a = h[2 * i], b = h[2 * i + 1];
+        q[i] = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+               __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+    }
+    vec8 r[2];
+    for (int i = 0; i < 2; ++i) {
+        const vec8 a = q[2 * i], b = q[2 * i + 1];
+        r[i] = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+               __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+    }
+    return __builtin_shufflevector(r[0], r[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(r[0], r[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// 8 rows of 8 floats -> transposed, in registers.
+inline void transpose8(vec8* r) {
+    vec8 t[8], u[8];
+    for (int i = 0; i < 4; ++i) {
+        t[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        t[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const vec8* a = t + 4 * i;
+        u[4 * i] = __builtin_shufflevector(a[0], a[2], 0, 1, 8, 9, 4, 5, 12, 13);
+        u[4 * i + 1] = __builtin_shufflevector(a[0], a[2], 2, 3, 10, 11, 6, 7, 14, 15);
+        u[4 * i + 2] = __builtin_shufflevector(a[1], a[3], 0, 1, 8, 9, 4, 5, 12, 13);
+        u[4 * i + 3] = __builtin_shufflevector(a[1], a[3], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < cols. Eight columns at a time over
+// all rows, so that the written lines are filled while they are in the first cache.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
+                      int64_t cols) {
+    int64_t j = 0;
+    for (; j + 8 <= cols; j += 8) {
+        int64_t i = 0;
+        for (; i + 8 <= rows; i += 8) {
+            vec8 block[8];
+            for (int k = 0; k < 8; ++k)
+                block[k] = *reinterpret_cast<const vec8_u*>(from + (i + k) * from_stride + j);
+            transpose8(block);
+            for (int k = 0; k < 8; ++k) *reinterpret_cast<vec8_u*>(to + (j + k) * to_stride + i) = block[k];
+        }
+        for (; i < rows; ++i)
+            for (int k = 0; k < 8; ++k) to[(j + k) * to_stride + i] = from[i * from_stride + j + k];
+    }
+    for (; j < cols; ++j)
+        for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+}  // namespace SPARSE_FT_ISA
+}  // namespace sparse_ft

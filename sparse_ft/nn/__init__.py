@@ -1,0 +1,18 @@
+"""Layers: sparse linear and convolution, norms that keep batch-last layout, frozen masks of dense layers."""
+
+from sparse_ft.nn.conv import SparseConv2d
+from sparse_ft.nn.frozen import FrozenMasks, freeze_masks
+from sparse_ft.nn.linear import SparseLinear
+from sparse_ft.nn.module import SparseModule
+from sparse_ft.nn.norm import BatchLastBatchNorm2d, batch_last_norm, stock_norm
+
+__all__ = [
+    "BatchLastBatchNorm2d",
+    "FrozenMasks",
+    "SparseConv2d",
+    "SparseLinear",
+    "SparseModule",
+    "batch_last_norm",
+    "freeze_masks",
+    "stock_norm",
+]

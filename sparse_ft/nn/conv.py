@@ -1,0 +1,84 @@
+"""Sparse 2-D convolution."""
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.nn.module import SparseModule
+from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
+
+
+def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right). "same" puts the odd row or column below and to the right, as torch does."""
+    if conv.padding == "valid":
+        return (0, 0, 0, 0)
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        before = [total // 2 for total in totals]
+        return (*before, *(total - half for total, half in zip(totals, before, strict=True)))
+    top, left = conv.padding
+    return (top, left, top, left)
+
+
+class SparseConv2d(SparseModule):
+    """A 2-D convolution with a sparse weight, computing with its nonzeros only, forward and backward.
+
+    Input (N, C, H, W) or (C, H, W) in any layout; output (N, O, OH, OW) in batch-last layout, which the next
+    sparse convolution takes as it is. Any kernel size, stride, zero padding, dilation and groups.
+
+    Source: SparseProp (Nikdan et al., ICML 2023).
+    """
+
+    padding_mode = "zeros"
+
+    def __init__(self, conv: nn.Conv2d, pattern: SparsePattern, values: Tensor):
+        super().__init__()
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(conv, name))
+        self._padding = _padding_of(conv)
+        self._set_weight(pattern, values, conv.bias, conv.weight)
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv2d, mask: Tensor | None = None) -> "SparseConv2d":
+        """A sparse layer with the nonzeros of `conv` (or the positions of `mask`); the bias is shared.
+
+        Raises:
+            ValueError: for a padding mode other than zeros.
+        """
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"SparseConv2d pads with zeros only, not {conv.padding_mode!r}: leave this layer dense")
+        pattern, values = SparsePattern.build(
+            conv.weight, mask, stride=conv.stride, padding=_padding_of(conv)[:2], dilation=conv.dilation,
+            groups=conv.groups,
+        )  # fmt: skip
+        return cls(conv, pattern, values).train(conv.training)
+
+    def to_dense(self) -> nn.Conv2d:
+        """The exact dense convolution; the bias is shared."""
+        dense = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias is not None, device="meta",
+        )  # fmt: skip
+        dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._report_once(x)
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if not is_batch_last(x):
+            x = torch.ops.sparse_ft.to_layout(x, BATCH_LAST)
+        return torch.ops.sparse_ft.conv2d(
+            x, self.weight, self.bias, self.pattern.tensors, self.pattern.weight_shape, self.stride, self._padding,
+            self.dilation, self.groups,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if any(self._padding):
+            text += f", padding={self.padding!r}"
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        return text + f", bias={self.bias is not None}, sparsity={self.sparsity:.4f}"

@@ -1,0 +1,99 @@
+"""What SparseLinear and SparseConv2d share: values under a pattern, and a dense face to the outside."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.ops import SparsePattern, native_reason
+
+logger = logging.getLogger(__name__)
+
+
+class SparseModule(nn.Module):
+    """A layer whose trainable weight is the vector of its nonzeros.
+
+    `weight` has shape (nnz, 1): gradients, optimizer state and all-reduce traffic shrink with the density,
+    and a frozen mask cannot regrow. It has two dimensions so that rules which spare one-dimensional
+    parameters from weight decay (timm's, for one) treat it as the matrix that it is.
+
+    `state_dict()` gives, and `load_state_dict()` takes, the dense weight under the dense key.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    pattern: SparsePattern
+    stored_transposed = False  # the dense weight of transformers' Conv1D is (in, out)
+
+    def _set_weight(self, pattern: SparsePattern, values: Tensor, bias: nn.Parameter | None, like: Tensor) -> None:
+        self.pattern = pattern
+        self.weight = nn.Parameter(values.reshape(-1, 1), requires_grad=like.requires_grad)
+        self.register_parameter("bias", bias)
+        self._reported = False
+
+    @property
+    def dense_shape(self) -> torch.Size:
+        """Shape of the dense weight, as the dense layer stores it."""
+        return torch.Size(reversed(self.pattern.shape) if self.stored_transposed else self.pattern.shape)
+
+    @property
+    def nnz(self) -> int:
+        """Number of trained weights."""
+        return self.pattern.nnz
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the dense weight that is outside the pattern."""
+        return 1.0 - self.nnz / max(1, self.dense_shape.numel())
+
+    def dense_weight(self) -> Tensor:
+        """A dense copy of the weight, in `dense_shape`."""
+        dense = self.pattern.to_dense(self.weight.detach())
+        return dense.t().contiguous() if self.stored_transposed else dense
+
+    def mask(self) -> Tensor:
+        """bool, `dense_shape`: True at the pattern's positions, also where the value is 0.0 at present."""
+        mask = self.pattern.mask()
+        return mask.t().contiguous() if self.stored_transposed else mask
+
+    def native_reason(self, x: Tensor | None = None) -> str | None:
+        """None if the layer (given input `x`) runs on the native kernels, otherwise why not."""
+        return native_reason(x, self.weight, self.bias)
+
+    def _report_once(self, x: Tensor) -> None:
+        if self._reported or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return
+        reason = self.native_reason(x)
+        if reason:
+            self._reported = True
+            logger.warning("%s runs on the reference backend, which is slow: %s", self, reason)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.dense_weight()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        key = prefix + "weight"
+        dense = state_dict.get(key)
+        if dense is not None:
+            if dense.shape != self.dense_shape:
+                errors.append(
+                    f"size mismatch for {key}: the checkpoint has shape {tuple(dense.shape)}, "
+                    f"the layer {tuple(self.dense_shape)}."
+                )
+                return
+            oriented = dense.t() if self.stored_transposed else dense
+            values = self.pattern.from_dense(oriented).reshape(-1, 1)
+            outside = int(torch.count_nonzero(dense)) - int(torch.count_nonzero(values))
+            if outside:
+                errors.append(
+                    f"{key}: {outside} nonzero weights of the checkpoint lie outside the layer's mask and would be "
+                    f"lost; load the checkpoint into the dense model (sparse_ft.to_dense), then convert it again."
+                )
+                return
+            state_dict[key] = values
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        finally:
+            if dense is not None:
+                state_dict[key] = dense

@@ -1,0 +1,243 @@
+"""The native backend: float32 on CPU. Turns tensors into addresses; allocates what the kernels fill."""
+
+import functools
+import os
+
+import torch  # before the native core, which then shares torch's OpenMP runtime
+from torch import Tensor
+
+from sparse_ft.ops import _native
+from sparse_ft.ops.layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, empty, is_batch_last, layout_of
+
+
+def available_isas() -> list[str]:
+    """Instruction sets of the native core that this processor can run, best first."""
+    return _native.available_isas()
+
+
+def active_isa() -> str:
+    """The instruction set in use."""
+    return _native.active_isa()
+
+
+def activate_isa(name: str) -> None:
+    """Use the kernels of one instruction set; `SPARSE_FT_ISA` does the same at import."""
+    if not _native.activate_isa(name):
+        raise ValueError(f"instruction set {name!r} is not available here; choose from {available_isas()}")
+
+
+if os.environ.get("SPARSE_FT_ISA"):
+    activate_isa(os.environ["SPARSE_FT_ISA"])
+
+
+def native_reason(*tensors: Tensor | None) -> str | None:
+    """None if the native kernels take these tensors, otherwise why not."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"device {tensor.device.type} (native kernels run on CPU)"
+        if tensor.dtype != torch.float32:
+            return f"dtype {str(tensor.dtype).removeprefix('torch.')} (native kernels are float32)"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _convolution(weight_shape, stride, padding, dilation, groups) -> _native.Convolution:
+    return _native.Convolution(weight_shape, stride, padding, dilation, groups)
+
+
+def convolution(weight_shape, stride, padding, dilation, groups) -> _native.Convolution:
+    return _convolution(tuple(weight_shape), tuple(stride), tuple(padding[:2]), tuple(dilation), groups)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tensor], Tensor]:
+    """Index tensors [row_ptr, col, t_row_ptr, t_col, perm] and float32 values of a dense weight, on CPU."""
+    shape, stride = conv[0], conv[1]
+    rows, cols = shape[0], shape[1] * shape[2] * shape[3]
+    weight = weight.detach().to("cpu", torch.float32).contiguous()
+    mask = None if mask is None else mask.to("cpu", torch.bool).contiguous()
+    threads = _threads()
+    nnz = (
+        _native.count_nonzero(weight.data_ptr(), weight.numel(), threads)
+        if mask is None
+        else _native.count_true(mask.data_ptr(), mask.numel(), threads)
+    )
+    if nnz >= 2**31:
+        raise ValueError(f"a sparse weight holds at most 2**31 - 1 nonzeros, this one of shape {tuple(shape)} has {nnz}")
+    row_ptr = torch.empty(rows + 1, dtype=torch.int32)
+    col, t_col, perm = (torch.empty(nnz, dtype=torch.int32) for _ in range(3))
+    t_row_ptr = torch.empty(stride[0] * stride[1] * shape[1] * conv[4] + 1, dtype=torch.int32)
+    values = torch.empty(nnz)
+    _native.build_rows(
+        weight.data_ptr(), _pointer(mask), rows, cols, row_ptr.data_ptr(), col.data_ptr(), values.data_ptr(), threads
+    )
+    _native.build_transpose(
+        convolution(*conv), row_ptr.data_ptr(), col.data_ptr(), nnz, t_row_ptr.data_ptr(), t_col.data_ptr(),
+        perm.data_ptr(),
+    )  # fmt: skip
+    return [row_ptr, col, t_row_ptr, t_col, perm], values
+
+
+def check_pattern(pattern: list[Tensor], nnz: int, rows: int, t_rows: int) -> None:
+    """Sizes and types of the index tensors; their contents are checked by the core as it reads them."""
+    row_ptr, col, t_row_ptr, t_col, perm = pattern
+    for name, tensor, size in (
+        ("row_ptr", row_ptr, rows + 1),
+        ("col", col, nnz),
+        ("t_row_ptr", t_row_ptr, t_rows + 1),
+        ("t_col", t_col, nnz),
+        ("perm", perm, nnz),
+    ):
+        if tensor.dtype != torch.int32 or tensor.numel() != size or not tensor.is_contiguous():
+            raise ValueError(
+                f"malformed sparse pattern: {name} must be {size} contiguous int32, "
+                f"got {tensor.numel()} of {tensor.dtype}"
+            )
+
+
+class _Activations:
+    """Sizes and strides of a batch-last convolution input or output; a 1x1 convolution without stride or
+    padding is one position with N*H*W samples."""
+
+    def __init__(self, shape, flat: bool):
+        n, c, h, w = shape
+        self.size = (n * h * w, c, 1, 1) if flat else (n, c, h, w)
+        self.strides = (1, h * w * n, 0, 0) if flat else (1, h * w * n, w * n, n)
+        self.positions = self.size[2:]
+
+
+def _is_flat(weight_shape, stride, padding) -> bool:
+    return weight_shape[2] == weight_shape[3] == 1 and all(s == 1 for s in stride) and not any(padding)
+
+
+def to_layout(x: Tensor, layout: int) -> Tensor:
+    """A copy of a 4-D tensor in another layout; transposes natively where batch-last is involved."""
+    out = empty(x.shape, layout, x)
+    have = layout_of(x)
+    n, c, h, w = x.shape
+    dense = have != CONTIGUOUS or x.is_contiguous()
+    if native_reason(x) or not dense or (have == BATCH_LAST) == (layout == BATCH_LAST) or x.numel() == 0:
+        return out.copy_(x)
+    threads, plane = _threads(), h * w
+    other = layout if have == BATCH_LAST else have
+    if other == CONTIGUOUS:  # (n, chw) <-> (chw, n)
+        rows, cols = (n, c * plane) if layout == BATCH_LAST else (c * plane, n)
+        batch, from_stride, to_stride = (1, 1), (0, 0, cols), (0, 0, rows)
+    elif layout == BATCH_LAST:  # (n, hw, c) -> (c, hw, n): one (n, c) transpose per position
+        rows, cols, batch = n, c, (1, plane)
+        from_stride, to_stride = (0, c, plane * c), (0, n, plane * n)
+    else:
+        rows, cols, batch = c, n, (1, plane)
+        from_stride, to_stride = (0, n, plane * n), (0, c, plane * c)
+    _native.transpose(x.data_ptr(), out.data_ptr(), batch, (rows, cols), from_stride, to_stride, threads)
+    return out
+
+
+def as_batch_last(x: Tensor) -> Tensor:
+    return x if is_batch_last(x) else to_layout(x, BATCH_LAST)
+
+
+def conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, out: Tensor) -> Tensor:
+    x, flat = as_batch_last(x), _is_flat(weight_shape, stride, padding)
+    source, dest = _Activations(x.shape, flat), _Activations(out.shape, flat)
+    _native.forward(
+        convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
+        dest.positions, out.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(),
+        _pointer(bias), values.numel(), _threads(),
+    )  # fmt: skip
+    return out
+
+
+def conv2d_input_grad(
+    grad, values, pattern, weight_shape, stride, padding, dilation, groups, grad_x: Tensor
+) -> Tensor:
+    grad, flat = as_batch_last(grad), _is_flat(weight_shape, stride, padding)
+    dest, source = _Activations(grad_x.shape, flat), _Activations(grad.shape, flat)
+    _native.input_grad(
+        convolution(weight_shape, stride, padding, dilation, groups), dest.size, grad.data_ptr(), source.strides,
+        source.positions, grad_x.data_ptr(), dest.strides, pattern[2].data_ptr(), pattern[3].data_ptr(),
+        pattern[4].data_ptr(), values.data_ptr(), values.numel(), _threads(),
+    )  # fmt: skip
+    return grad_x
+
+
+def conv2d_weight_grad(
+    grad, x, pattern, weight_shape, stride, padding, dilation, groups, value_grad: Tensor
+) -> Tensor:
+    grad, x, flat = as_batch_last(grad), as_batch_last(x), _is_flat(weight_shape, stride, padding)
+    source, dest = _Activations(x.shape, flat), _Activations(grad.shape, flat)
+    _native.weight_grad(
+        convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
+        dest.positions, grad.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(),
+        value_grad.data_ptr(), value_grad.numel(), _threads(),
+    )  # fmt: skip
+    return value_grad
+
+
+_UNIT = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation, groups of a linear layer
+
+
+def _tokens(x: Tensor, features: int) -> tuple[Tensor, tuple, tuple]:
+    """Token-major (T, features) as an activation of T samples and one position."""
+    x = x.reshape(-1, features).contiguous()
+    return x, (x.shape[0], features, 1, 1), (features, 1, 0, 0)
+
+
+def linear(x, values, bias, pattern, in_features, out_features, out: Tensor) -> Tensor:
+    x, size, strides = _tokens(x, in_features)
+    conv = convolution((out_features, in_features, 1, 1), *_UNIT)
+    _native.forward(
+        conv, size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0), pattern[0].data_ptr(),
+        pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(), _threads(),
+    )  # fmt: skip
+    return out
+
+
+def linear_input_grad(grad, values, pattern, in_features, out_features, grad_x: Tensor) -> Tensor:
+    grad, _, grad_strides = _tokens(grad, out_features)
+    conv = convolution((out_features, in_features, 1, 1), *_UNIT)
+    _native.input_grad(
+        conv, (grad.shape[0], in_features, 1, 1), grad.data_ptr(), grad_strides, (1, 1), grad_x.data_ptr(),
+        (in_features, 1, 0, 0), pattern[2].data_ptr(), pattern[3].data_ptr(), pattern[4].data_ptr(),
+        values.data_ptr(), values.numel(), _threads(),
+    )  # fmt: skip
+    return grad_x
+
+
+def linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad: Tensor) -> Tensor:
+    grad, _, grad_strides = _tokens(grad, out_features)
+    x, size, strides = _tokens(x, in_features)
+    conv = convolution((out_features, in_features, 1, 1), *_UNIT)
+    _native.weight_grad(
+        conv, size, x.data_ptr(), strides, (1, 1), grad.data_ptr(), grad_strides, pattern[0].data_ptr(),
+        pattern[1].data_ptr(), value_grad.data_ptr(), value_grad.numel(), _threads(),
+    )  # fmt: skip
+    return value_grad
+
+
+def batch_norm(x: Tensor, weight, bias, mean, rstd, training: bool, eps: float, y: Tensor, variance) -> None:
+    n, c, h, w = x.shape
+    _native.norm_forward(
+        x.data_ptr(), c, n * h * w, _pointer(weight), _pointer(bias), eps, training, mean.data_ptr(), rstd.data_ptr(),
+        _pointer(variance), y.data_ptr(), _threads(),
+    )  # fmt: skip
+
+
+def batch_norm_backward(grad, x, weight, mean, rstd, training: bool, grad_x, grad_weight, grad_bias) -> None:
+    n, c, h, w = x.shape
+    _native.norm_backward(
+        grad.data_ptr(), x.data_ptr(), c, n * h * w, _pointer(weight), mean.data_ptr(), rstd.data_ptr(), training,
+        _pointer(grad_x), _pointer(grad_weight), _pointer(grad_bias), _threads(),
+    )  # fmt: skip
+
+
+__all__ = ["CHANNELS_LAST", "activate_isa", "active_isa", "available_isas", "native_reason"]

@@ -1,0 +1,80 @@
+"""The reference backend: plain torch on any device and floating dtype, by way of the dense weight.
+
+Slow and readable. It runs what the native backend does not take, and every native kernel is tested against it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_ft.ops.pattern import flat_index
+
+
+def dense_weight(values: Tensor, pattern: list[Tensor], weight_shape) -> Tensor:
+    numel = weight_shape[0] * weight_shape[1] * weight_shape[2] * weight_shape[3]
+    dense = values.new_zeros(numel)
+    dense[flat_index(pattern[0], pattern[1], weight_shape)] = values.reshape(-1)
+    return dense.view(*weight_shape)
+
+
+def _padded(x: Tensor, padding) -> Tensor:
+    top, left, bottom, right = padding
+    return F.pad(x, (left, right, top, bottom)) if any(padding) else x
+
+
+def conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups) -> Tensor:
+    weight = dense_weight(values, pattern, weight_shape).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(_padded(x, padding), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+
+
+def conv2d_input_grad(grad, values, pattern, weight_shape, stride, padding, dilation, groups, input_shape) -> Tensor:
+    weight = dense_weight(values, pattern, weight_shape).to(grad.dtype)
+    top, left, bottom, right = padding
+    n, c, h, w = input_shape
+    padded = (n, c, h + top + bottom, w + left + right)
+    grad_x = torch.nn.grad.conv2d_input(padded, weight, grad, tuple(stride), 0, tuple(dilation), groups)
+    return grad_x[:, :, top : top + h, left : left + w]
+
+
+def conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilation, groups) -> Tensor:
+    x = _padded(x, padding)
+    dense = torch.nn.grad.conv2d_weight(x, tuple(weight_shape), grad, tuple(stride), 0, tuple(dilation), groups)
+    return dense.reshape(-1)[flat_index(pattern[0], pattern[1], weight_shape)]
+
+
+def linear(x, values, bias, pattern, in_features, out_features) -> Tensor:
+    weight = dense_weight(values, pattern, (out_features, in_features, 1, 1))[:, :, 0, 0]
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linear_input_grad(grad, values, pattern, in_features, out_features) -> Tensor:
+    weight = dense_weight(values, pattern, (out_features, in_features, 1, 1))[:, :, 0, 0]
+    return grad @ weight.to(grad.dtype)
+
+
+def linear_weight_grad(grad, x, pattern, in_features, out_features) -> Tensor:
+    dense = grad.reshape(-1, out_features).t() @ x.reshape(-1, in_features)
+    return dense.reshape(-1)[flat_index(pattern[0], pattern[1], (out_features, in_features, 1, 1))]
+
+
+def batch_norm(x, weight, bias, mean, variance, eps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if mean is None:
+        # torch's own accumulation type: float64 stays, everything else is summed in float32
+        wide = x if x.dtype == torch.float64 else x.float()
+        variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    y = F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), weight, bias, False, 0.0, eps)
+    return y, mean.clone(), rstd, variance.clone()
+
+
+def batch_norm_backward(grad, x, weight, mean, rstd, training) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (1, -1, 1, 1)
+    xhat = (x - mean.view(shape)) * rstd.view(shape)
+    grad_bias, grad_weight = grad.sum((0, 2, 3)), (grad * xhat).sum((0, 2, 3))
+    scale = rstd if weight is None else rstd * weight
+    inner = grad
+    if training:
+        count = x.numel() // x.shape[1]
+        inner = grad - (grad_bias.view(shape) + xhat * grad_weight.view(shape)) / count
+    return inner * scale.view(shape), grad_weight, grad_bias

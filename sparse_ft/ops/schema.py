@@ -1,0 +1,299 @@
+"""Every operator of sparse_ft: schema, shape rule, gradient, and which backend computes it.
+
+`pattern` is `SparsePattern.tensors`; `values` is the weight's nonzeros, (nnz,) or (nnz, 1); `padding` is
+(top, left, bottom, right). Convolutions and norms give batch-last tensors (see layout.py) on every device.
+
+    linear            (..., in), values, bias -> (..., out)
+    conv2d            (N, C, H, W), values, bias -> (N, O, OH, OW)
+    batch_norm        (N, C, H, W) -> y, mean, 1/std, biased variance; normalises by `mean` and `variance` if given
+    to_layout         a copy in another memory layout
+    *_input_grad, *_weight_grad, batch_norm_backward    their gradients, operators too
+
+Source of the three products: SparseProp (Nikdan et al., ICML 2023, arXiv 2302.04852).
+"""
+
+import torch
+from torch import Tensor
+
+from sparse_ft.ops import native, reference
+from sparse_ft.ops.layout import BATCH_LAST, empty, is_batch_last, layout_of
+from sparse_ft.ops.native import check_pattern, native_reason
+
+_library = torch.library.Library("sparse_ft", "DEF")
+_CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
+_LINEAR = "int in_features, int out_features"
+
+for _schema in (
+    f"linear(Tensor x, Tensor values, Tensor? bias, Tensor[] pattern, {_LINEAR}) -> Tensor",
+    f"linear_input_grad(Tensor grad, Tensor values, Tensor[] pattern, {_LINEAR}) -> Tensor",
+    f"linear_weight_grad(Tensor grad, Tensor x, Tensor[] pattern, {_LINEAR}) -> Tensor",
+    f"conv2d(Tensor x, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}) -> Tensor",
+    f"conv2d_input_grad(Tensor grad, Tensor values, Tensor[] pattern, {_CONV}, SymInt[] input_shape) -> Tensor",
+    f"conv2d_weight_grad(Tensor grad, Tensor x, Tensor[] pattern, {_CONV}) -> Tensor",
+    "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool training)"
+    " -> (Tensor, Tensor, Tensor)",
+    "to_layout(Tensor x, int layout) -> Tensor",
+):
+    _library.define(_schema)
+
+
+def _nnz(pattern: list[Tensor]) -> int:
+    return pattern[1].numel()
+
+
+def conv2d_output_shape(x_shape, weight_shape, stride, padding, dilation, groups) -> tuple[int, int, int, int]:
+    """(N, O, OH, OW) of a convolution; ValueError where the sizes do not fit."""
+    n, c, h, w = x_shape
+    if c != weight_shape[1] * groups:
+        raise ValueError(f"the convolution takes {weight_shape[1] * groups} channels, the input has {c}")
+    top, left, bottom, right = padding
+    oh = (h + top + bottom - dilation[0] * (weight_shape[2] - 1) - 1) // stride[0] + 1
+    ow = (w + left + right - dilation[1] * (weight_shape[3] - 1) - 1) // stride[1] + 1
+    if isinstance(oh, int) and isinstance(ow, int) and (oh < 1 or ow < 1):
+        raise ValueError(f"an input of {h} x {w} is smaller than the kernel's reach")
+    return n, weight_shape[0], oh, ow
+
+
+def _check_conv(pattern, values, weight_shape, stride, groups) -> None:
+    if values.numel() != _nnz(pattern):
+        raise ValueError(f"the pattern has {_nnz(pattern)} positions, the weight {values.numel()} values")
+    check_pattern(pattern, values.numel(), weight_shape[0], stride[0] * stride[1] * weight_shape[1] * groups)
+
+
+def _batch_last(x: Tensor) -> Tensor:
+    return x if is_batch_last(x) else native.to_layout(x, BATCH_LAST)
+
+
+# ---- what each operator computes -------------------------------------------------------------------
+
+
+def _linear(x, values, bias, pattern, in_features, out_features):
+    if x.shape[-1] != in_features:
+        raise ValueError(f"the layer takes {in_features} features, the input has {x.shape[-1]}")
+    if native_reason(x, values, bias):
+        return reference.linear(x, values, bias, pattern, in_features, out_features)
+    _check_conv(pattern, values, (out_features, in_features), (1, 1), 1)
+    out = x.new_empty(*x.shape[:-1], out_features)
+    if out.numel():
+        native.linear(x, values.contiguous(), bias, pattern, in_features, out_features, out)
+    return out
+
+
+def _linear_input_grad(grad, values, pattern, in_features, out_features):
+    if native_reason(grad, values):
+        return reference.linear_input_grad(grad, values, pattern, in_features, out_features)
+    _check_conv(pattern, values, (out_features, in_features), (1, 1), 1)
+    grad_x = grad.new_empty(*grad.shape[:-1], in_features)
+    if grad_x.numel():
+        native.linear_input_grad(grad, values.contiguous(), pattern, in_features, out_features, grad_x)
+    return grad_x
+
+
+def _linear_weight_grad(grad, x, pattern, in_features, out_features):
+    if native_reason(grad, x):
+        return reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
+    value_grad = grad.new_zeros(_nnz(pattern))
+    _check_conv(pattern, value_grad, (out_features, in_features), (1, 1), 1)
+    if grad.numel() and x.numel():
+        native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad)
+    return value_grad
+
+
+def _conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups):
+    conv = (weight_shape, stride, padding, dilation, groups)
+    shape = conv2d_output_shape(x.shape, *conv)
+    if native_reason(x, values, bias):
+        return _batch_last(reference.conv2d(x, values, bias, pattern, *conv))
+    _check_conv(pattern, values, weight_shape, stride, groups)
+    out = empty(shape, BATCH_LAST, x)
+    if out.numel():
+        native.conv2d(x, values.contiguous(), bias, pattern, *conv, out)
+    return out
+
+
+def _conv2d_input_grad(grad, values, pattern, weight_shape, stride, padding, dilation, groups, input_shape):
+    conv = (weight_shape, stride, padding, dilation, groups)
+    if native_reason(grad, values):
+        return _batch_last(reference.conv2d_input_grad(grad, values, pattern, *conv, input_shape))
+    _check_conv(pattern, values, weight_shape, stride, groups)
+    grad_x = empty(input_shape, BATCH_LAST, grad)
+    if grad_x.numel():
+        native.conv2d_input_grad(grad, values.contiguous(), pattern, *conv, grad_x)
+    return grad_x
+
+
+def _conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilation, groups):
+    conv = (weight_shape, stride, padding, dilation, groups)
+    if native_reason(grad, x):
+        return reference.conv2d_weight_grad(grad, x, pattern, *conv)
+    value_grad = grad.new_zeros(_nnz(pattern))
+    _check_conv(pattern, value_grad, weight_shape, stride, groups)
+    if grad.numel() and x.numel():
+        native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad)
+    return value_grad
+
+
+def _batch_norm(x, weight, bias, mean, variance, eps):
+    if native_reason(x, weight, bias, mean, variance) or x.numel() == 0:
+        y, mean, rstd, variance = reference.batch_norm(x, weight, bias, mean, variance, eps)
+        return _batch_last(y), mean, rstd, variance
+    x, training = native.as_batch_last(x), mean is None
+    y = empty(x.shape, BATCH_LAST, x)
+    if training:
+        mean, rstd, variance = (x.new_empty(x.shape[1]) for _ in range(3))
+    else:
+        mean, rstd, variance = mean.clone(), torch.rsqrt(variance + eps), variance.clone()
+    native.batch_norm(x, weight, bias, mean, rstd, training, eps, y, variance)
+    return y, mean, rstd, variance
+
+
+def _batch_norm_backward(grad, x, weight, mean, rstd, training):
+    if native_reason(grad, x, weight, mean, rstd) or x.numel() == 0:
+        grad_x, grad_weight, grad_bias = reference.batch_norm_backward(grad, x, weight, mean, rstd, training)
+        return _batch_last(grad_x), grad_weight, grad_bias
+    grad, x = native.as_batch_last(grad), native.as_batch_last(x)
+    grad_x = empty(x.shape, BATCH_LAST, x)
+    grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
+    native.batch_norm_backward(grad, x, weight, mean, rstd, training, grad_x, grad_weight, grad_bias)
+    return grad_x, grad_weight, grad_bias
+
+
+_IMPLEMENTATIONS = {
+    "linear": _linear,
+    "linear_input_grad": _linear_input_grad,
+    "linear_weight_grad": _linear_weight_grad,
+    "conv2d": _conv2d,
+    "conv2d_input_grad": _conv2d_input_grad,
+    "conv2d_weight_grad": _conv2d_weight_grad,
+    "batch_norm": _batch_norm,
+    "batch_norm_backward": _batch_norm_backward,
+    "to_layout": native.to_layout,
+}
+for _name, _function in _IMPLEMENTATIONS.items():
+    for _key in ("CPU", "CUDA", "MPS"):
+        _library.impl(_name, _function, _key)
+
+
+# ---- shapes, for torch.compile and torch.export ----------------------------------------------------
+
+
+@torch.library.register_fake("sparse_ft::linear")
+def _(x, values, bias, pattern, in_features, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("sparse_ft::linear_input_grad")
+def _(grad, values, pattern, in_features, out_features):
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+@torch.library.register_fake("sparse_ft::linear_weight_grad")
+def _(grad, x, pattern, in_features, out_features):
+    return grad.new_empty(_nnz(pattern))
+
+
+@torch.library.register_fake("sparse_ft::conv2d")
+def _(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups):
+    return empty(conv2d_output_shape(x.shape, weight_shape, stride, padding, dilation, groups), BATCH_LAST, x)
+
+
+@torch.library.register_fake("sparse_ft::conv2d_input_grad")
+def _(grad, values, pattern, weight_shape, stride, padding, dilation, groups, input_shape):
+    return empty(input_shape, BATCH_LAST, grad)
+
+
+@torch.library.register_fake("sparse_ft::conv2d_weight_grad")
+def _(grad, x, pattern, weight_shape, stride, padding, dilation, groups):
+    return grad.new_empty(_nnz(pattern))
+
+
+@torch.library.register_fake("sparse_ft::batch_norm")
+def _(x, weight, bias, mean, variance, eps):
+    # Statistics are float32 for every dtype but float64, as in torch.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = [x.new_empty(x.shape[1], dtype=wide if mean is None else mean.dtype) for _ in range(3)]
+    return empty(x.shape, BATCH_LAST, x), *stats
+
+
+@torch.library.register_fake("sparse_ft::batch_norm_backward")
+def _(grad, x, weight, mean, rstd, training):
+    return empty(x.shape, BATCH_LAST, x), mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1])
+
+
+@torch.library.register_fake("sparse_ft::to_layout")
+def _(x, layout):
+    return empty(x.shape, layout, x)
+
+
+# ---- gradients -------------------------------------------------------------------------------------
+
+
+def _weight_setup(ctx, inputs, output):
+    x, values, bias, pattern, *geometry = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *pattern)
+    ctx.geometry, ctx.input_shape, ctx.bias_dtype = geometry, x.shape, None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx, grad):
+    x, values, *pattern = ctx.saved_tensors
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.sparse_ft.linear_input_grad(grad, values, pattern, *ctx.geometry)
+    if ctx.needs_input_grad[1]:
+        grad_values = torch.ops.sparse_ft.linear_weight_grad(grad, x, pattern, *ctx.geometry).to(values.dtype).view_as(values)
+    if ctx.bias_dtype and ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+    return grad_x, grad_values, grad_bias, [None] * len(pattern), None, None
+
+
+def _conv2d_backward(ctx, grad):
+    x, values, *pattern = ctx.saved_tensors
+    grad_x = grad_values = grad_bias = None
+    if not is_batch_last(grad):
+        grad = torch.ops.sparse_ft.to_layout(grad, BATCH_LAST)
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.sparse_ft.conv2d_input_grad(
+            grad, values, pattern, *ctx.geometry, list(ctx.input_shape)
+        )
+    if ctx.needs_input_grad[1]:
+        grad_values = torch.ops.sparse_ft.conv2d_weight_grad(grad, x, pattern, *ctx.geometry).to(values.dtype).view_as(values)
+    if ctx.bias_dtype and ctx.needs_input_grad[2]:
+        grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
+    return grad_x, grad_values, grad_bias, [None] * len(pattern), *[None] * len(ctx.geometry)
+
+
+def _batch_norm_setup(ctx, inputs, output):
+    x, weight, _, mean, _, _ = inputs
+    _, used_mean, rstd, _ = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, used_mean, rstd)
+    ctx.training = mean is None
+
+
+def _batch_norm_grad(ctx, grad, *_):
+    x, weight, mean, rstd = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = torch.ops.sparse_ft.batch_norm_backward(
+        grad, x, weight, mean, rstd, ctx.training
+    )
+    needs = ctx.needs_input_grad
+    return grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None, None, None, None
+
+
+def _to_layout_setup(ctx, inputs, output):
+    ctx.layout = layout_of(inputs[0])
+
+
+def _to_layout_backward(ctx, grad):
+    return (grad if layout_of(grad) == ctx.layout else torch.ops.sparse_ft.to_layout(grad, ctx.layout)), None
+
+
+torch.library.register_autograd("sparse_ft::linear", _linear_backward, setup_context=_weight_setup, lib=_library)
+torch.library.register_autograd("sparse_ft::conv2d", _conv2d_backward, setup_context=_weight_setup, lib=_library)
+torch.library.register_autograd(
+    "sparse_ft::batch_norm", _batch_norm_grad, setup_context=_batch_norm_setup, lib=_library
+)
+torch.library.register_autograd(
+    "sparse_ft::to_layout", _to_layout_backward, setup_context=_to_layout_setup, lib=_library
+)
