@@ -2,7 +2,7 @@
 
 from sparse_ft.nn.conv import SparseConv2d
 from sparse_ft.nn.frozen import FrozenMasks, freeze_masks
-from sparse_ft.nn.linear import SparseLinear
+from sparse_ft.nn.linear import SparseLinear, is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
 from sparse_ft.nn.norm import BatchLastBatchNorm2d, batch_last_norm, stock_norm
 
@@ -14,5 +14,6 @@ __all__ = [
     "SparseModule",
     "batch_last_norm",
     "freeze_masks",
+    "is_transformers_conv1d",
     "stock_norm",
 ]

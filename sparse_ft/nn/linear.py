@@ -1,11 +1,22 @@
 """Sparse linear layer."""
 
+import sys
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sparse_ft.nn.module import SparseModule
 from sparse_ft.ops import SparsePattern
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+
+
+def is_transformers_conv1d(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2 and its kin, which stores its weight as (in, out)."""
+    library = sys.modules.get("transformers.pytorch_utils")  # no such layer exists before that is imported
+    return library is not None and isinstance(module, library.Conv1D)
 
 
 class SparseLinear(SparseModule):
@@ -22,13 +33,13 @@ class SparseLinear(SparseModule):
         self._set_weight(pattern, values, bias, like)
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear | Conv1D, mask: Tensor | None = None) -> "SparseLinear":
+    def from_dense(cls, linear: "nn.Linear | Conv1D", mask: Tensor | None = None) -> "SparseLinear":
         """A sparse layer with the nonzeros of `linear` (or the positions of `mask`, in the weight's shape).
 
         transformers' Conv1D, whose weight is (in, out), becomes one too; its state dict keeps that shape.
         The bias is shared with `linear`.
         """
-        transposed = isinstance(linear, Conv1D)
+        transposed = is_transformers_conv1d(linear)
         weight = linear.weight
         oriented = weight.detach().t() if transposed else weight.detach()
         if mask is not None and transposed:
@@ -38,14 +49,15 @@ class SparseLinear(SparseModule):
         layer.stored_transposed = transposed
         return layer.train(linear.training)
 
-    def to_dense(self) -> nn.Linear | Conv1D:
+    def to_dense(self) -> "nn.Linear | Conv1D":
         """The exact dense layer (Conv1D if it was one); the bias is shared."""
-        args = {"device": "meta"}
-        if self.stored_transposed:
-            with torch.device("meta"):
+        with torch.device("meta"):  # the parameters are put in below
+            if self.stored_transposed:
+                from transformers.pytorch_utils import Conv1D
+
                 dense: nn.Module = Conv1D(self.out_features, self.in_features)
-        else:
-            dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, **args)
+            else:
+                dense = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
         dense.bias = self.bias
         return dense.train(self.training)

@@ -4,8 +4,10 @@ torch's own batch norm copies a batch-last activation twice. These classes add a
 stock ones and nothing else: same parameters, buffers, state dict and results.
 """
 
+import functools
+import sys
+
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from sparse_ft.ops import is_batch_last, native_reason
@@ -37,23 +39,35 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 class BatchLastBatchNorm2d(nn.BatchNorm2d):
+    """torch's batch norm."""
+
     def forward(self, x: Tensor) -> Tensor:
         return _normalise(self, x) if _keeps_layout(self, x) else super().forward(x)
 
 
-class BatchLastBatchNormAct2d(BatchNormAct2d):
-    """timm's norm with its activation inside."""
+@functools.cache
+def _with_activation(stock: type) -> type:
+    """timm's norm with its activation inside; timm is loaded by whoever has such a layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(_normalise(self, x))) if _keeps_layout(self, x) else super().forward(x)
+    class BatchLastBatchNormAct2d(stock):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.drop(_normalise(self, x))) if _keeps_layout(self, x) else super().forward(x)
+
+    return BatchLastBatchNormAct2d
 
 
-_STOCK = {nn.BatchNorm2d: BatchLastBatchNorm2d, BatchNormAct2d: BatchLastBatchNormAct2d}
+def _replacement(kind: type) -> type | None:
+    if kind is nn.BatchNorm2d:
+        return BatchLastBatchNorm2d
+    timm = sys.modules.get("timm.layers")
+    if timm is not None and kind is timm.BatchNormAct2d:
+        return _with_activation(kind)
+    return None
 
 
 def batch_last_norm(module: nn.Module) -> bool:
     """Give a stock batch norm its batch-last forward, in place; False if the module is not one."""
-    replacement = _STOCK.get(type(module))
+    replacement = _replacement(type(module))
     if replacement is not None:
         module.__class__ = replacement
     return replacement is not None
@@ -61,6 +75,6 @@ def batch_last_norm(module: nn.Module) -> bool:
 
 def stock_norm(module: nn.Module) -> None:
     """The inverse of `batch_last_norm`."""
-    for stock, replacement in _STOCK.items():
-        if type(module) is replacement:
-            module.__class__ = stock
+    stock = type(module).__mro__[1]
+    if _replacement(stock) is type(module):
+        module.__class__ = stock

@@ -1,0 +1,354 @@
+"""Dense modules to native sparse modules and back, in place."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.masks.names import match_names, weight_name
+from sparse_ft.masks.targets import typed_layers, unwrap
+from sparse_ft.nn import (
+    SparseConv2d,
+    SparseLinear,
+    SparseModule,
+    batch_last_norm,
+    is_transformers_conv1d,
+    stock_norm,
+)
+from sparse_ft.tables import format_table
+from sparse_ft.tune import TimingCache, time_layer, timing_key
+
+logger = logging.getLogger(__name__)
+
+# Modules that read their children's weights instead of calling them.
+_READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass(frozen=True)
+class LayerConversion:
+    """One layer of a conversion: what became of it, why, and what was measured (forward + backward, ms)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nnz: int
+    sparsity: float
+    converted: bool
+    reason: str
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did, layer by layer; `str()` is a table."""
+
+    policy: str
+    layers: list[LayerConversion] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the layers that now run on the native kernels."""
+        return [layer.name for layer in self.layers if layer.converted]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"policy": self.policy, "layers": [asdict(layer) for layer in self.layers]}
+
+    def __str__(self) -> str:
+        def ms(value: float | None) -> str:
+            return "" if value is None else f"{value:.2f}"
+
+        rows = [
+            [
+                layer.name, layer.kind, "x".join(map(str, layer.shape)), f"{layer.sparsity:.1%}",
+                "sparse" if layer.converted else "dense", ms(layer.dense_ms), ms(layer.sparse_ms), layer.reason,
+            ]
+            for layer in self.layers
+        ]  # fmt: skip
+        headers = ["layer", "kind", "weight", "sparsity", "runs", "dense ms", "sparse ms", "why"]
+        return (
+            f"{len(self.converted)} of {len(self.layers)} layers run sparse (policy {self.policy})\n"
+            + format_table(headers, rows)
+        )
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    policy: str = "auto",
+    min_sparsity: float = 0.5,
+    ignore: Iterable[str] = (),
+    masks: Mapping[str, Tensor] | None = None,
+    layers: Iterable[str] | None = None,
+) -> ConversionReport:
+    """Turn pruned layers of `model` into native sparse layers, in place.
+
+    Linear (also transformers' Conv1D) and Conv2d layers whose weight has enough zeros become `SparseLinear` and
+    `SparseConv2d`; batch norms take the layout that sparse convolutions give. Names, state dict and results stay
+    those of the dense model; `to_dense` is the exact inverse. Parameters of converted layers are new objects, so
+    convert before making an optimizer.
+
+    Args:
+        example_inputs: a batch such as training will see (tensor, tuple, or dict of keyword arguments), for
+            `policy="auto"`; None makes one from what a timm or transformers model says of its input.
+        policy: "auto" keeps of each layer the form that is faster, forward and backward, on the real input shape,
+            measured once per machine; "always" converts every layer with enough zeros.
+        min_sparsity: layers with a smaller fraction of zeros stay dense.
+        ignore: names or `"re:pattern"` of layers to leave dense.
+        masks: weight name -> bool mask of the positions to train, where it differs from the nonzeros (active zeros).
+        layers: convert exactly these layers (names), without measuring: a choice made earlier.
+
+    Raises:
+        ValueError: for an unknown policy, a `min_sparsity` outside [0, 1], an `ignore` entry that matches nothing,
+            or "auto" without example inputs for a model that does not say what it takes.
+    """
+    if policy not in ("auto", "always"):
+        raise ValueError(f'policy must be "auto" or "always", not {policy!r}')
+    if not 0.0 <= min_sparsity <= 1.0:
+        raise ValueError(f"min_sparsity must be in [0, 1], not {min_sparsity}")
+    model = unwrap(model)
+    candidates = _Candidates(model, min_sparsity, ignore, masks or {})
+    report = ConversionReport(policy)
+    if layers is not None:
+        chosen = set(layers)
+        unknown = chosen - set(candidates.entries)
+        if unknown:
+            raise ValueError(f"these layers cannot be converted: {', '.join(sorted(unknown))}")
+        for name, entry in candidates.entries.items():
+            entry.converted, entry.reason = name in chosen, "chosen earlier"
+    elif candidates.eligible:
+        shapes = None
+        if policy == "auto" or example_inputs is not None:
+            shapes = _input_shapes(model, candidates.eligible, example_inputs)
+        _choose(candidates, shapes, policy)
+    for name, entry in candidates.entries.items():
+        if entry.converted:
+            sparse = entry.sparse()
+            _move_hooks(entry.module, sparse)
+            _replace(model, entry.module, sparse)
+        report.layers.append(entry.result(name))
+    if any(isinstance(module, SparseConv2d) for module in model.modules()):
+        for module in model.modules():
+            batch_last_norm(module)
+    logger.info("%d of %d layers run sparse", len(report.converted), len(report.layers))
+    return report
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Turn every sparse layer back into the dense layer that it was, in place; returns `model`.
+
+    Zeros are kept. A model that is itself one sparse layer is returned as a new dense layer.
+    """
+    inner = unwrap(model)
+    if isinstance(inner, SparseModule):
+        return inner.to_dense()
+    for module in list(inner.modules()):
+        if isinstance(module, SparseModule):
+            dense = module.to_dense()
+            _move_hooks(module, dense)
+            _replace(inner, module, dense)
+        else:
+            stock_norm(module)
+    return model
+
+
+@dataclass
+class _Entry:
+    module: nn.Module
+    mask: Tensor | None
+    nnz: int
+    joins: bool = False  # a depthwise layer without zeros, which runs sparse to keep the layout of its neighbours
+    reason: str = ""
+    converted: bool = False
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    _sparse: SparseModule | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.nnz / max(1, self.weight.numel())
+
+    def sparse(self) -> SparseModule:
+        if self._sparse is None:
+            kind = SparseConv2d if isinstance(self.module, nn.Conv2d) else SparseLinear
+            mask = torch.ones_like(self.weight, dtype=torch.bool) if self.joins else self.mask
+            self._sparse = kind.from_dense(self.module, mask)  # type: ignore[arg-type]
+        return self._sparse
+
+    def result(self, name: str) -> LayerConversion:
+        return LayerConversion(
+            name, type(self.module).__name__, tuple(self.weight.shape), self.nnz, self.sparsity, self.converted,
+            self.reason, self.dense_ms, self.sparse_ms,
+        )  # fmt: skip
+
+
+class _Candidates:
+    """The layers that conversion looks at, with the reason why one cannot be converted."""
+
+    def __init__(self, model: nn.Module, min_sparsity: float, ignore: Iterable[str], masks: Mapping[str, Tensor]):
+        layers = {name: m for name, m in typed_layers(model).items() if not isinstance(m, SparseModule)}
+        ignored = {name for names in match_names(ignore, list(layers)).values() for name in names}
+        shared = _tied_parameters(model)
+        readers = _children_of_readers(model)
+        self.entries: dict[str, _Entry] = {}
+        for name, module in layers.items():
+            weight = module._parameters.get("weight")
+            if weight is None:  # parametrised or pruned by torch.nn.utils.prune: there is no plain weight to take over
+                continue
+            mask = masks.get(weight_name(name))
+            nnz = int(mask.sum()) if mask is not None else int(torch.count_nonzero(weight))
+            entry = _Entry(module, mask, nnz)
+            entry.reason = self._reason(name, entry, min_sparsity, ignored, shared, readers)
+            entry.joins = entry.reason.startswith("sparsity") and _is_depthwise(module)
+            self.entries[name] = entry
+        self.eligible = {name: entry for name, entry in self.entries.items() if not entry.reason}
+        if any(isinstance(entry.module, nn.Conv2d) for entry in self.eligible.values()):
+            joining = {name: entry for name, entry in self.entries.items() if entry.joins}
+            self.eligible = {
+                name: entry for name, entry in self.entries.items() if name in joining or name in self.eligible
+            }
+
+    @staticmethod
+    def _reason(name, entry, min_sparsity, ignored, shared, readers) -> str:
+        module, weight = entry.module, entry.weight
+        if name in ignored:
+            return "ignored"
+        if id(weight) in shared:
+            return f"tied to {next(other for other in shared[id(weight)] if other != weight_name(name))}"
+        if name in readers:
+            return f"{readers[name]} reads its weight directly"
+        if type(module) not in (nn.Linear, nn.Conv2d) and not is_transformers_conv1d(module):
+            return f"{type(module).__name__} has no sparse form"
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            return f"padding mode {module.padding_mode!r} has no sparse form"
+        if entry.sparsity < min_sparsity or entry.nnz == weight.numel():
+            return f"sparsity below {min_sparsity:.0%}"
+        return ""
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _tied_parameters(model: nn.Module) -> dict[int, list[str]]:
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    unique = {name for name, _ in model.named_modules()}
+    # A module that stands in two places is one user: only its first name counts.
+    return {
+        key: names
+        for key, names in users.items()
+        if len([name for name in names if name.rpartition(".")[0] in unique]) > 1
+    }
+
+
+def _children_of_readers(model: nn.Module) -> dict[str, str]:
+    return {
+        f"{parent}.{child}".lstrip("."): type(module).__name__
+        for parent, module in model.named_modules()
+        if isinstance(module, _READS_CHILDREN)
+        for child, _ in module.named_children()
+    }
+
+
+def _input_shapes(model: nn.Module, entries: dict[str, _Entry], example_inputs) -> dict[str, torch.Size]:
+    """Shape of the input of each layer that is called, from one forward pass in evaluation mode."""
+    if example_inputs is None:
+        example_inputs = _example_inputs(model)
+    shapes: dict[str, torch.Size] = {}
+
+    def record(name):
+        def hook(module, args):
+            shapes[name] = args[0].shape
+
+        return hook
+
+    handles = [entry.module.register_forward_pre_hook(record(name)) for name, entry in entries.items()]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(example_inputs, Mapping):
+                model(**example_inputs)
+            elif isinstance(example_inputs, Tensor):
+                model(example_inputs)
+            else:
+                model(*example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return shapes
+
+
+def _example_inputs(model: nn.Module):
+    parameter = next(model.parameters())
+    inner = getattr(model, "timm_model", model)
+    config = getattr(inner, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("input_size"):
+        image = parameter.new_zeros(16, *config["input_size"])
+        return image if inner is model else {"pixel_values": image}
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping):
+        return dummy
+    raise ValueError('policy="auto" measures the layers: give example_inputs (a batch), or use policy="always"')
+
+
+def _choose(candidates: _Candidates, shapes: dict[str, torch.Size] | None, policy: str) -> None:
+    for name, entry in candidates.eligible.items():
+        if shapes is not None and name not in shapes:
+            entry.reason = "not called with the example inputs"
+        elif policy == "always" and not entry.joins:
+            entry.converted = True
+    if policy == "always":
+        return
+    assert shapes is not None
+    cache = TimingCache()
+    # Layers with zeros first: whether a depthwise layer joins depends on what is around it.
+    for joins in (False, True):
+        if joins and not any(e.converted and isinstance(e.module, nn.Conv2d) for e in candidates.eligible.values()):
+            return
+        for name, entry in candidates.eligible.items():
+            if entry.joins != joins or name not in shapes or entry.weight.device.type != "cpu":
+                continue
+            sparse, shape = entry.sparse(), shapes[name]
+            if sparse.native_reason() is not None:
+                entry.reason = str(sparse.native_reason())
+                continue
+            timing = cache.get(
+                timing_key(sparse, shape, joins),
+                lambda entry=entry, sparse=sparse, shape=shape, joins=joins: time_layer(
+                    entry.module, sparse, shape, inside=joins
+                ),
+            )
+            entry.dense_ms, entry.sparse_ms = timing.dense_ms, timing.sparse_ms
+            entry.converted = timing.sparse_ms < timing.dense_ms
+            entry.reason = "measured faster" if entry.converted else "measured slower than dense"
+            if joins and entry.converted:
+                entry.reason = "keeps its neighbours' layout"
+    cache.save()
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands."""
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module is old:
+                parent._modules[child] = new
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    for attribute, hooks in vars(old).items():
+        if "_hooks" in attribute and hooks:
+            new.__dict__[attribute] = hooks
