@@ -161,9 +161,7 @@ def _keep(
     if scope == "erk":
         budget = budgets.erk(shapes, next(iter(wanted.values())))
     else:
-        budget = [
-            budgets.uniform([shape.numel()], wanted[name])[0] for name, shape in zip(layers, shapes, strict=True)
-        ]
+        budget = [budgets.uniform(shape.numel(), wanted[name]) for name, shape in zip(layers, shapes, strict=True)]
     return {name: keep_highest(pools[name], zeros, sizes[name]) for name, zeros in zip(layers, budget, strict=True)}
 
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -30,11 +31,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel and torch.compile, whose names have no prefix."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            inner = model.module
         else:
+            inner = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def is_transformers_conv1d(module: nn.Module) -> bool:
@@ -45,6 +47,13 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
 def is_sparse_module(module: nn.Module) -> bool:
     """Whether this is a native sparse layer (`sparse_ft.nn.SparseModule`), which holds only the nonzeros."""
     return _is_of(module, "sparse_ft.nn.module", "SparseModule")
+
+
+def dense_shape(module: nn.Module) -> torch.Size:
+    """Shape of a layer's weight in the state dict, which of a native sparse layer is not that of its parameter."""
+    shape = module.dense_shape if is_sparse_module(module) else module.weight.shape
+    assert isinstance(shape, torch.Size)
+    return shape
 
 
 def _is_of(obj: object, library: str, name: str) -> bool:
@@ -170,7 +179,8 @@ def _heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
         inside = {id(module) for head in _as_tuple(part.get_classifier()) for module in head.modules()}
         heads |= {name for name, layer in layers.items() if id(layer) in inside}
     if is_transformers:
-        base_model: nn.Module = model.base_model
+        base_model = model.base_model
+        assert isinstance(base_model, nn.Module)
         base = {id(module) for module in base_model.modules()}
         for name, layer in layers.items():
             if id(layer) not in base or _TRANSFORMERS_HEADS.intersection(name.split(".")):
@@ -190,7 +200,7 @@ def _timm_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _is_convolution(layer: nn.Module) -> bool:
     if is_sparse_module(layer):
-        return len(layer.dense_shape) > 2
+        return len(dense_shape(layer)) > 2
     return isinstance(layer, _CONVOLUTIONS)
 
 
