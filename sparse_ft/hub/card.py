@@ -1,0 +1,91 @@
+"""The model card (README.md) of a sparse checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from sparse_ft.masks import SparsityReport
+
+from .errors import ModelError
+
+TAGS = ["sparse_ft", "sparsity"]
+UNKNOWN_ID = "USER/NAME"  # stands in the card's examples until the repository is known
+_METADATA = ("base_model", "datasets", "language", "license", "license_link", "license_name", "tags")
+_TEXTS = ("dataset_name", "description", "model_id", "title")
+
+
+def model_card(
+    *,
+    library: str,
+    model_class: str,
+    task: str | None,
+    report: SparsityReport,
+    metrics: Mapping[str, Any],
+    has_recipe: bool,
+    card: Mapping[str, Any],
+) -> ModelCard:
+    """The card of a checkpoint.
+
+    Args:
+        library: ``"timm"`` or ``"transformers"``: whose loader the files are for. It stays ``library_name``, which
+            decides the code that the Hub's page shows.
+        model_class: Name of the model's class or architecture.
+        task: Task name of the Hub.
+        report: Sparsity of the model.
+        metrics: Figures by name. They enter the card's metadata too when `card` names the dataset.
+        has_recipe: Whether ``recipe.yaml`` lies beside.
+        card: What only the user knows. Metadata: ``license``, ``license_name``, ``license_link``, ``language``,
+            ``datasets``, ``base_model``, further ``tags``. Text: ``title``, ``description``, ``dataset_name``, and
+            ``model_id``, the Hub id for the examples.
+
+    Raises:
+        ModelError: `card` has an entry of another name.
+    """
+    unknown = [name for name in card if name not in (*_METADATA, *_TEXTS)]
+    if unknown:
+        raise ModelError(f"model card: unknown entry {unknown[0]!r}; known: {', '.join((*_METADATA, *_TEXTS))}")
+    metadata = {name: card[name] for name in _METADATA if card.get(name)}
+    if "base_model" in metadata:
+        metadata["base_model_relation"] = "finetune"
+    model_id = card.get("model_id") or UNKNOWN_ID
+    title = card.get("title") or (model_class if model_id == UNKNOWN_ID else model_id.split("/")[-1])
+    results = _results(metrics, task, card)
+    data = ModelCardData(
+        **{**metadata, "tags": [*TAGS, *metadata.get("tags", [])]},
+        library_name=library,
+        pipeline_tag=task,
+        eval_results=results or None,
+        model_name=title if results else None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).parent / "card_template.md"),
+        title=title,
+        description=card.get("description"),
+        model_id=model_id,
+        library=library,
+        model_class=model_class,
+        transformers_class="AutoModelForImageClassification" if library == "timm" else model_class,
+        report=report,
+        metrics=metrics,
+        has_recipe=has_recipe,
+    )
+
+
+def _results(metrics: Mapping[str, Any], task: str | None, card: Mapping[str, Any]) -> list[EvalResult]:
+    datasets = card.get("datasets")
+    if not datasets or task is None:
+        return []
+    dataset = datasets if isinstance(datasets, str) else datasets[0]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=card.get("dataset_name") or dataset,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]

@@ -1,0 +1,210 @@
+"""Models by name: from the Hub, a folder, timm or the package, ready to train natively."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sparse_ft.convert import convert as convert_layers
+
+from . import compact, timm_models, transformers_models
+from .bitmap import MASK_FILE, read_masks
+from .compact import COMPACT_FILE
+from .errors import ModelError
+from .source import WEIGHT_FILES, resolve
+
+Masks = dict[str, Tensor]
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    task: str | None = None,
+    convert: bool = True,
+    policy: str = "auto",
+    min_sparsity: float = 0.5,
+    example_inputs: Any = None,
+    for_trainer: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    pretrained: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """A model with its sparse layers in native form.
+
+    Args:
+        name_or_path: A bundled name, a local folder, ``timm/ARCHITECTURE`` or a Hub id (see `resolve`).
+        num_labels: Number of classes; another one than the checkpoint's gives the classifier new random weights.
+            All other weights must fit.
+        label_names: Their names; without `num_labels` their number counts.
+        task: Hub task name, for transformers checkpoints that were saved for another one; None keeps theirs.
+        convert: False leaves every layer dense, with its zeros.
+        policy: ``"auto"`` keeps a layer dense where its sparse form is not faster on this machine; ``"always"``
+            makes every layer of enough zeros sparse. See `sparse_ft.convert`.
+        min_sparsity: Layers with fewer zeros than this fraction stay dense.
+        example_inputs: An input batch to time the layers on, for policy ``"auto"``.
+        for_trainer: Wrap a timm model in transformers' TimmWrapperForImageClassification, which takes
+            ``pixel_values`` and ``labels``, as the Trainer needs. transformers models are the same either way.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token; None uses the one of the login, if any.
+        pretrained: For ``timm/ARCHITECTURE``: timm's default pretrained weights in place of random ones.
+        model_args: For ``timm/ARCHITECTURE`` without weights: arguments of `timm.create_model`.
+        dtype: Of the parameters. The native kernels compute in float32.
+
+    Raises:
+        ModelError: The model is not there, or cannot be used as asked; the message says why in one line.
+    """
+    model, masks = _load(
+        name_or_path, num_labels, label_names, task, for_trainer, revision, token, pretrained, model_args, dtype
+    )
+    if convert:
+        convert_layers(model, example_inputs, policy=policy, min_sparsity=min_sparsity, masks=masks)
+    return model
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    task: str | None = None,
+    for_trainer: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    pretrained: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The dense model, zeros included: `from_pretrained` with ``convert=False``."""
+    return from_pretrained(
+        name_or_path,
+        num_labels=num_labels,
+        label_names=label_names,
+        task=task,
+        convert=False,
+        for_trainer=for_trainer,
+        revision=revision,
+        token=token,
+        pretrained=pretrained,
+        model_args=model_args,
+        dtype=dtype,
+    )
+
+
+def _load(
+    name_or_path: str | Path,
+    num_labels: int | None,
+    label_names: Sequence[str] | None,
+    task: str | None,
+    for_trainer: bool,
+    revision: str | None,
+    token: str | None,
+    pretrained: bool,
+    model_args: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+) -> tuple[nn.Module, Masks]:
+    num_labels = _label_count(num_labels, label_names)
+    source = resolve(name_or_path, revision=revision, token=token, pretrained=pretrained)
+    if model_args and source.architecture is None:
+        raise ModelError(f"model_args are for timm/ARCHITECTURE; {str(name_or_path)!r} has its own in config.json")
+    if source.folder is not None and not _is_timm(_read_config(source.folder)):
+        weights, masks = _read_compact(source.folder)
+        model = transformers_models.load(
+            source.folder, weights, task=task, num_labels=num_labels, label_names=label_names, dtype=dtype
+        )
+        return model, _fitting(masks, model, source.folder, new_labels=num_labels is not None)
+    if task not in (None, "image-classification"):
+        raise ModelError(f"{str(name_or_path)!r} is a timm model: its task is image-classification, not {task}")
+    masks = {}
+    if source.folder is None:
+        assert source.architecture is not None
+        model = timm_models.create(source.architecture, num_labels, model_args or {})
+    else:
+        weights, masks = _read_compact(source.folder)
+        if weights is None:
+            weights = _read_safetensors(source.folder / "model.safetensors")
+        model = timm_models.load(source.folder, weights, num_labels)
+        masks = _fitting(masks, model, source.folder, new_labels=num_labels is not None)
+    model.to(dtype)
+    if label_names is not None:
+        timm_models.set_labels(model, label_names)
+    if for_trainer:
+        model = timm_models.wrap(model)
+        masks = {f"timm_model.{name}": mask for name, mask in masks.items()}
+    return model, masks
+
+
+def _label_count(num_labels: int | None, label_names: Sequence[str] | None) -> int | None:
+    if num_labels is not None and num_labels < 1:
+        raise ModelError(f"num_labels must be at least 1, not {num_labels}")
+    if label_names is None:
+        return num_labels
+    if len(set(label_names)) != len(label_names):
+        raise ModelError("label_names has a name twice")
+    if num_labels not in (None, len(label_names)):
+        raise ModelError(f"num_labels is {num_labels}, but there are {len(label_names)} label_names")
+    return len(label_names)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{folder}/config.json is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}/config.json must hold an object")
+    return config
+
+
+def _is_timm(config: Mapping[str, Any]) -> bool:
+    """Whether timm wrote the config, or transformers' TimmWrapper, which keeps timm's names."""
+    return "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper"
+
+
+def _read_compact(folder: Path) -> tuple[dict[str, Tensor] | None, Masks]:
+    """Weights of the compact form if the folder has no others, and the masks that are stored with the weights."""
+    try:
+        if not any((folder / file).is_file() for file in WEIGHT_FILES):
+            return compact.unpack(folder / COMPACT_FILE)
+        return None, read_masks(folder / MASK_FILE) if (folder / MASK_FILE).is_file() else {}
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _fitting(masks: Masks, model: nn.Module, folder: Path, *, new_labels: bool) -> Masks:
+    """The stored masks, without that of a classifier that has been replaced.
+
+    Raises:
+        ModelError: A mask is of no weight of the model, or not of its shape, or the weight is nonzero outside it.
+    """
+    parameters = dict(model.named_parameters())
+    fitting = {}
+    for name, mask in masks.items():
+        weight = parameters.get(name)
+        if weight is None:
+            raise ModelError(f"{folder}: there is a mask for {name}, but the model has no such weight")
+        if mask.shape != weight.shape:
+            if new_labels and mask.shape[1:] == weight.shape[1:]:
+                continue
+            raise ModelError(
+                f"{folder}: the mask of {name} has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}"
+            )
+        if torch.any(weight.detach()[~mask]):
+            raise ModelError(f"{folder}: {name} has nonzero weights outside its mask; delete {MASK_FILE} to ignore it")
+        fitting[name] = mask
+    return fitting
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is damaged: {error}") from error

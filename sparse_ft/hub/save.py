@@ -1,0 +1,177 @@
+"""Checkpoints in dense layout, with what tells a reader and `sparse_ft` about the sparsity beside them."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TimmWrapperForImageClassification, TimmWrapperImageProcessor
+
+import sparse_ft
+from sparse_ft.masks import SparsityReport, sparsity
+from sparse_ft.masks.targets import unwrap
+from sparse_ft.nn import SparseModule
+
+from . import timm_models, transformers_models
+from .bitmap import MASK_FILE, write_masks
+from .card import model_card
+from .compact import COMPACT_FILE
+from .errors import ModelError
+from .staging import staged
+
+INFO_FILE = "sparse_ft.json"
+RECIPE_FILE = "recipe.yaml"
+STALE_PATTERNS = (MASK_FILE, COMPACT_FILE, "model.safetensors.index.json", "model-*-of-*.safetensors")
+"""Files that an earlier save may have left and that would contradict this one."""
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    processor: Any = None,
+    label_names: Sequence[str] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    recipe: str | None = None,
+    card: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a sparse model so that stock timm or transformers, and `from_pretrained`, load it.
+
+    Writes ``model.safetensors`` (dense layout), ``config.json``, ``sparse_ft.json`` (sparsity by layer, versions)
+    and ``README.md`` (model card); the processor's files, ``recipe.yaml`` and ``sparse_masks.safetensors`` (masks
+    that the zeros do not tell) where there is something to write. If the save fails, files that were there are as
+    they were.
+
+    Args:
+        model: A timm model, a transformers model, or a timm model in transformers' wrapper, converted or dense; it
+            is not changed. A wrapped timm model is saved in timm's layout, which both libraries load.
+        directory: Made if it does not exist; files of other names in it stay.
+        processor: Tokenizer or image processor to save along.
+        label_names: Names of the classes; None keeps those that the model knows.
+        metrics: Figures for the card and ``sparse_ft.json``, as ``{"accuracy": 0.91}``.
+        recipe: Text of the recipe that the model was trained with.
+        card: Entries of the model card, see `sparse_ft.hub.card.model_card`.
+        extra: Further JSON entries of ``sparse_ft.json``, as ``{"method": ...}``.
+
+    Raises:
+        ModelError: The model is of neither library, or the labels are not as many as its classes.
+        OSError: The files cannot be written.
+    """
+    model = unwrap(model)
+    is_wrapper = isinstance(model, TimmWrapperForImageClassification)
+    if is_wrapper:
+        pretrained_cfg = timm_models.wrapper_pretrained_cfg(model)
+        model = model.timm_model
+    elif timm_models.is_timm_model(model):
+        pretrained_cfg = dict(model.pretrained_cfg)
+    elif isinstance(model, PreTrainedModel):
+        pretrained_cfg = None
+    else:
+        raise ModelError(
+            f"a {type(model).__name__} is neither a timm nor a transformers model, so no loader could rebuild it; "
+            "save its state_dict() yourself"
+        )
+    report = sparsity(model)
+    with staged(directory) as stage:
+        if pretrained_cfg is not None:
+            library, task = "timm", "image-classification"
+            model_class = _save_timm(model, stage, pretrained_cfg, processor, label_names)
+        else:
+            library, task = "transformers", transformers_models.task_of(model)
+            model_class = _save_transformers(model, stage, label_names)
+        if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
+            processor.save_pretrained(stage)
+        masks = _masks_with_zeros(model)
+        if masks:
+            write_masks(stage / MASK_FILE, masks)
+        if recipe is not None:
+            (stage / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+        info = _info(report, library, model_class, metrics or {}, extra or {})
+        (stage / INFO_FILE).write_text(info, encoding="utf-8")
+        readme = model_card(
+            library=library,
+            model_class=model_class,
+            task=task,
+            report=report,
+            metrics=metrics or {},
+            has_recipe=recipe is not None,
+            card=card or {},
+        )
+        readme.save(stage / "README.md")
+        saved = {path.relative_to(stage).as_posix() for path in stage.rglob("*")}
+    for pattern in STALE_PATTERNS:
+        for path in Path(directory).glob(pattern):
+            if path.relative_to(directory).as_posix() not in saved:
+                path.unlink()
+
+
+def _save_timm(
+    model: nn.Module, stage: Path, pretrained_cfg: dict, processor: Any, label_names: Sequence[str] | None
+) -> str:
+    if label_names is not None:
+        _check_labels(label_names, model.num_classes)
+        pretrained_cfg = {**pretrained_cfg, "num_classes": model.num_classes, "label_names": list(label_names)}
+    if isinstance(processor, TimmWrapperImageProcessor):
+        pretrained_cfg = {**pretrained_cfg, **processor.data_config}
+    config = timm_models.config_dict(model, pretrained_cfg)
+    (stage / "config.json").write_text(_json(config), encoding="utf-8")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, stage / "model.safetensors", {"format": "pt"})
+    return config["architecture"]
+
+
+def _save_transformers(model: PreTrainedModel, stage: Path, label_names: Sequence[str] | None) -> str:
+    model.save_pretrained(stage)
+    if label_names is not None:
+        _check_labels(label_names, model.config.num_labels)
+        path = stage / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["id2label"] = {str(index): name for index, name in enumerate(label_names)}
+        config["label2id"] = {name: index for index, name in enumerate(label_names)}
+        path.write_text(_json(config), encoding="utf-8")
+    return type(model).__name__
+
+
+def _check_labels(label_names: Sequence[str], classes: int) -> None:
+    if len(label_names) != classes:
+        raise ModelError(f"there are {len(label_names)} label_names, but the model has {classes} classes")
+
+
+def _masks_with_zeros(model: nn.Module) -> dict[str, Tensor]:
+    """Masks of the sparse layers that train a weight which is 0.0 at present."""
+    return {
+        f"{name}.weight".lstrip("."): layer.mask()
+        for name, layer in model.named_modules()
+        if isinstance(layer, SparseModule) and bool(torch.any(layer.weight == 0))
+    }
+
+
+def _info(
+    report: SparsityReport, library: str, model_class: str, metrics: Mapping[str, Any], extra: Mapping[str, Any]
+) -> str:
+    info = {
+        "model": model_class,
+        "library": library,
+        "versions": {
+            "sparse_ft": sparse_ft.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "timm")},
+        },
+        "metrics": dict(metrics),
+        "sparsity": report.to_dict(),
+    }
+    clash = [name for name in extra if name in info]
+    if clash:
+        raise ModelError(f"extra may not replace the entry {clash[0]!r} of {INFO_FILE}")
+    return _json({**extra, **info})
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    """Indented JSON with lists of numbers on one line, for human readers."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    return re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"

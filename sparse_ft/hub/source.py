@@ -1,0 +1,136 @@
+"""What a model's name stands for: a bundled model, a folder, a timm architecture or a repository on the Hub."""
+
+import difflib
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from huggingface_hub import HfApi, snapshot_download
+
+from .bitmap import MASK_FILE
+from .bundled import BUNDLED_MODELS
+from .compact import COMPACT_FILE
+from .errors import ModelError, explain_hub_error
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.yaml", "model.safetensors", "model-*.safetensors", MASK_FILE]
+_HUB_IGNORED = ["checkpoint-*", "onnx/*", "runs/*"]
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A resolved model: either a `folder` with config.json and safetensors, or a timm `architecture` without weights.
+
+    `hub_id` is the repository that the folder was downloaded from, if it was.
+    """
+
+    folder: Path | None = None
+    architecture: str | None = None
+    hub_id: str | None = None
+
+
+def resolve(
+    name_or_path: str | Path, *, revision: str | None = None, token: str | None = None, pretrained: bool = False
+) -> ModelSource:
+    """Find the model that `name_or_path` stands for, downloading it if it is on the Hub.
+
+    Args:
+        name_or_path: In this order of preference: a bundled name (``resnet20-cifar10``); a local folder, also as
+            ``local-dir:FOLDER``; ``timm/ARCHITECTURE``, as in ``timm/resnet50``; a Hub id, also as
+            ``hf-hub:USER/NAME``, either with ``@REVISION``. A timm name with a tag, as in
+            ``timm/resnet50.a1_in1k``, names weights and is the Hub id.
+        revision: Branch, tag or commit of a Hub repository.
+        token: Hub token; None uses the one of the login, if any.
+        pretrained: For ``timm/ARCHITECTURE``: the weights that timm holds as its default, from the Hub.
+
+    Raises:
+        ModelError: Nothing usable is there; a repository that has only pickled weights is not usable.
+    """
+    name = str(name_or_path)
+    if name in BUNDLED_MODELS:
+        return ModelSource(folder=_checked_folder(BUNDLED_MODELS[name]))
+    for prefix in _HUB_PREFIXES:
+        if name.startswith(prefix):
+            return _download(name.removeprefix(prefix), revision, token)
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if path.exists() or isinstance(name_or_path, Path) or _looks_like_path(name):
+        return ModelSource(folder=_checked_folder(path))
+    if name.startswith("timm/") and "." not in name:
+        architecture = name.removeprefix("timm/")
+        if timm.is_model(architecture):
+            return _pretrained(architecture, token) if pretrained else ModelSource(architecture=architecture)
+    return _download(name, revision, token)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith(("local-dir:", "/", ".", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _checked_folder(path: Path) -> Path:
+    if not path.exists():
+        raise ModelError(f"model folder {str(path)!r} does not exist; bundled models: {', '.join(BUNDLED_MODELS)}")
+    if not path.is_dir():
+        raise ModelError(f"model {str(path)!r} is a file; give the folder that holds config.json and model.safetensors")
+    files = [file.relative_to(path).as_posix() for file in path.iterdir()]
+    if "config.json" not in files:
+        checkpoints = sorted(fnmatch.filter(files, "checkpoint-*"))
+        hint = f"; did you mean {str(path / checkpoints[-1])!r}?" if checkpoints else ""
+        raise ModelError(f"model folder {str(path)!r} has no config.json{hint}")
+    if not (any(file in files for file in WEIGHT_FILES) or (path / COMPACT_FILE).is_file()):
+        raise _no_weights(f"model folder {str(path)!r}", files)
+    return path
+
+
+def _no_weights(where: str, files: list[str]) -> ModelError:
+    pickles = [file for pattern in _PICKLES for file in fnmatch.filter(files, pattern) if file != "training_args.bin"]
+    if pickles:
+        return ModelError(
+            f"{where} has only pickled weights ({pickles[0]}), which can run code when they are read; if you trust "
+            "them, load them once with timm or transformers and save them again: both write model.safetensors"
+        )
+    return ModelError(f"{where} has no weights: neither model.safetensors nor {COMPACT_FILE}")
+
+
+def _pretrained(architecture: str, token: str | None) -> ModelSource:
+    config = timm.get_pretrained_cfg(architecture)
+    if config is None or not config.hf_hub_id:
+        raise ModelError(f"timm has no pretrained weights on the Hub for the architecture {architecture!r}")
+    return _download(config.hf_hub_id, None, token)
+
+
+def _download(name: str, revision: str | None, token: str | None) -> ModelSource:
+    repo_id, _, named_revision = name.partition("@")
+    revision = revision or named_revision or None
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id, revision=revision, token=token, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+            )
+        )
+        if not any((folder / file).is_file() for file in WEIGHT_FILES):
+            snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[COMPACT_FILE])
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model {repo_id!r} on the Hub has no config.json")
+        if not any((folder / file).is_file() for file in (*WEIGHT_FILES, COMPACT_FILE)):
+            files = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+            raise _no_weights(f"model {repo_id!r} on the Hub", files)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the client and the transport below it raise
+        raise ModelError(f"{explain_hub_error(error, repo_id, revision=revision)}{_hint(name)}") from None
+    return ModelSource(folder=folder, hub_id=repo_id)
+
+
+def _hint(name: str) -> str:
+    """What else a name that could not be downloaded may have meant."""
+    architecture = name.removeprefix("timm/")
+    if "/" in architecture:
+        return f"; nor is there a local folder {name!r}"
+    if timm.is_model(architecture):
+        return f"; for the architecture with random weights, write timm/{architecture.partition('.')[0]}"
+    near = difflib.get_close_matches(name, BUNDLED_MODELS)
+    near += [f"timm/{model}" for model in difflib.get_close_matches(architecture, timm.list_models())]
+    return f"; names that exist: {', '.join(near)}" if near else ""

@@ -1,0 +1,117 @@
+"""timm models: built from a checkpoint folder, wrapped for the Trainer, described in a config.json that both
+timm and transformers read."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models._hub import load_model_config_from_path, save_config_for_hf
+from torch import Tensor, nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+from .errors import ModelError
+
+
+def is_timm_model(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "pretrained_cfg", None), dict) and hasattr(model, "num_classes")
+
+
+def create(architecture: str, num_classes: int | None, model_args: Mapping[str, Any]) -> nn.Module:
+    """A timm model with random weights."""
+    return timm.create_model(architecture, num_classes=num_classes, **model_args)
+
+
+def load(folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None) -> nn.Module:
+    """The timm model that the config.json of `folder` describes, with the weights of `state_dict`.
+
+    Another `num_classes` than the checkpoint's replaces the classifier by a new one; everything else must fit.
+
+    Raises:
+        ModelError: config.json names an architecture unknown to this timm, or the weights do not fit it.
+    """
+    try:
+        pretrained_cfg, architecture, model_args = load_model_config_from_path(folder)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/config.json does not describe a timm model: {error}") from error
+    if not timm.is_model(architecture):
+        raise ModelError(f"{folder}/config.json: timm {timm.__version__} has no architecture {architecture!r}")
+    model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
+    # The weights travel in the config, so that timm applies the checkpoint filters of the architecture to them.
+    source = {**pretrained_cfg, "source": "", "state_dict": dict(state_dict)}
+    try:
+        model = timm.create_model(
+            architecture, pretrained=True, pretrained_cfg=source, pretrained_model_args=dict(model_args), **model_args
+        )
+    except RuntimeError as error:
+        empty = timm.create_model(architecture, pretrained_cfg=deepcopy(pretrained_cfg), **model_args)
+        raise ModelError(f"{folder}: {_difference(empty, state_dict) or str(error).splitlines()[0]}") from error
+    model.pretrained_cfg.pop("state_dict")
+    if num_classes is not None and num_classes != model.num_classes:
+        model.reset_classifier(num_classes)
+    return model
+
+
+def _difference(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str | None:
+    expected = model.state_dict()
+    for name, tensor in state_dict.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            return (
+                f"{name} has shape {tuple(tensor.shape)} in the weights file, "
+                f"but config.json asks for {tuple(expected[name].shape)}"
+            )
+    for problem, names in (
+        ("the weights file lacks", [name for name in expected if name not in state_dict]),
+        ("config.json has no place for", [name for name in state_dict if name not in expected]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"{problem} {names[0]}{more}"
+    return None
+
+
+def set_labels(model: nn.Module, label_names: Sequence[str]) -> None:
+    """Record the names of the classes in the model, where `config_dict` and the card find them."""
+    model.pretrained_cfg = {**model.pretrained_cfg, "num_classes": model.num_classes, "label_names": list(label_names)}
+
+
+def config_dict(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a timm model with this preprocessing and these ``label_names`` in `pretrained_cfg`.
+
+    ``num_classes`` is left out of ``model_args``, where timm 1.0.31 records it too: transformers passes it by itself,
+    and its TimmWrapper would fail on the second value.
+    """
+    changes = dict(pretrained_cfg)
+    names = changes.pop("label_names", None)
+    if names is not None and len(names) != model.num_classes:
+        names = None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        save_config_for_hf(model, str(path), model_config={"pretrained_cfg": changes, "label_names": names})
+        config = json.loads(path.read_text())
+    config.get("model_args", {}).pop("num_classes", None)
+    config["pretrained_cfg"].pop("label_names", None)
+    return config
+
+
+def wrap(model: nn.Module) -> TimmWrapperForImageClassification:
+    """The model as transformers' Trainer takes it: ``pixel_values`` and ``labels`` in, loss and logits out."""
+    config = TimmWrapperConfig.from_dict(config_dict(model, model.pretrained_cfg))
+    wrapper = TimmWrapperForImageClassification(config)
+    wrapper.timm_model = model
+    return wrapper
+
+
+def wrapper_pretrained_cfg(wrapper: TimmWrapperForImageClassification) -> dict[str, Any]:
+    """``pretrained_cfg`` of the timm model in a wrapper, with the preprocessing and labels of the wrapper's config.
+
+    transformers builds the inner model without them.
+    """
+    model, config = wrapper.timm_model, wrapper.config
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    if names == [f"LABEL_{index}" for index in range(len(names))]:
+        names = model.pretrained_cfg.get("label_names")
+    return {**model.pretrained_cfg, **getattr(config, "pretrained_cfg", {}), "label_names": names}

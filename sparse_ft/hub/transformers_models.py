@@ -1,0 +1,115 @@
+"""transformers models: which class a checkpoint folder asks for, and its weights loaded without silent losses."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from .errors import ModelError
+
+TASKS: dict[str, Mapping[str, str | tuple[str, ...]]] = {
+    "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "token-classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "question-answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "fill-mask": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "text-generation": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
+"""For each task name of the Hub, the names of transformers' model classes by model type."""
+
+
+def task_of(model: nn.Module) -> str | None:
+    """Task name of the Hub for a model, None for one of a class that is not in `TASKS`."""
+    return _task_of_class(type(model).__name__)
+
+
+def _task_of_class(name: str) -> str | None:
+    for task, classes in TASKS.items():
+        if any(name == entry or (isinstance(entry, tuple) and name in entry) for entry in classes.values()):
+            return task
+    return None
+
+
+def load(
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None,
+    *,
+    task: str | None,
+    num_labels: int | None,
+    label_names: Sequence[str] | None,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The model that the config.json of `folder` describes.
+
+    Args:
+        folder: Holds config.json, and model.safetensors (or its shards) unless `state_dict` is given.
+        state_dict: Weights to take in place of the folder's.
+        task: A key of `TASKS`; None takes the class that the checkpoint was saved with.
+        num_labels: Another number than the checkpoint's gives the classifier new weights.
+        label_names: Names of the labels, as many as there are.
+        dtype: Of the parameters.
+
+    Raises:
+        ModelError: The architecture or the task is unknown, or a weight outside the classifier does not fit.
+    """
+    config = _config(folder)
+    new_labels = num_labels is not None and num_labels != config.num_labels
+    if new_labels or label_names is not None:
+        names = label_names or [f"LABEL_{index}" for index in range(num_labels or 0)]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+    model_class = _model_class(folder, config, task, with_labels=num_labels is not None)
+    try:
+        model, info = model_class.from_pretrained(
+            None if state_dict is not None else folder,
+            config=config,
+            state_dict=dict(state_dict) if state_dict is not None else None,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # each mismatch is judged below
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    body = f"{model.base_model_prefix}."
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        if not new_labels or name.startswith(body):
+            raise ModelError(
+                f"{folder}: {name} has shape {tuple(found)} in the weights file, "
+                f"but the model needs {tuple(expected)}"
+            )
+    of_body = [name for name in model.state_dict() if name.startswith(body)]
+    if of_body and set(of_body) <= set(info["missing_keys"]):
+        raise ModelError(f"{folder}: the weights file holds none of the weights of {model_class.__name__}")
+    return model
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, KeyError, ValueError) as error:
+        raise ModelError(f"{folder}/config.json: {str(error).strip().splitlines()[0]}") from error
+
+
+def _model_class(folder: Path, config: PretrainedConfig, task: str | None, *, with_labels: bool) -> Any:
+    if task is None:
+        saved_as = (config.architectures or [""])[0]
+        saved_task = _task_of_class(saved_as) or ""
+        if hasattr(transformers, saved_as) and (not with_labels or saved_task.endswith("-classification")):
+            return getattr(transformers, saved_as)
+        # A language model or a bare encoder that is to get labels: the one classification task it is made for.
+        fitting = [name for name in ("image-classification", "text-classification") if config.model_type in TASKS[name]]
+        if len(fitting) != 1:
+            raise ModelError(f"{folder}: give the task of this {config.model_type} model, one of {', '.join(TASKS)}")
+        task = fitting[0]
+    if task not in TASKS:
+        raise ModelError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}")
+    if config.model_type not in TASKS[task]:
+        raise ModelError(f"{folder}: transformers has no {config.model_type} model for the task {task}")
+    entry = TASKS[task][config.model_type]
+    return getattr(transformers, entry if isinstance(entry, str) else entry[0])
