@@ -36,8 +36,9 @@ def ensure_pad_token(model: nn.Module, tokenizer: Any) -> str | None:
             raise DataError("the tokenizer has neither a padding nor an end token; give it a pad_token")
         tokenizer.pad_token = tokenizer.eos_token
         note = f"the tokenizer has no padding token: {tokenizer.eos_token!r} is used"
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    config: Any = model.config
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
     return note
 
 

@@ -1,0 +1,515 @@
+"""transformers' Trainer for networks whose weights are mostly zero."""
+
+import inspect
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.training_args import OptimizerNames
+
+from sparse_ft.checkpoint import (
+    NATIVE_LAYERS,
+    CheckpointError,
+    SparseState,
+    check_checkpoint,
+    complete_folder,
+    last_checkpoint,
+    names_on_disk,
+    read_sparse_state,
+    write_masks_beside,
+)
+from sparse_ft.convert import ConversionReport, convert, to_dense
+from sparse_ft.hub.save import INFO_FILE, save_pretrained
+from sparse_ft.hub.timm_models import is_timm_model
+from sparse_ft.interrupt import InterruptRequest, TrainingInterrupted
+from sparse_ft.masks import mask_state, sparsity
+from sparse_ft.memory import keep_freed_memory
+from sparse_ft.nn import FrozenMasks, SparseModule, freeze_masks
+from sparse_ft.randomness import preserved_random_state
+from sparse_ft.training_args import SparseTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class SparseTrainer(Trainer):
+    """`transformers.Trainer` that trains the nonzeros of a pruned model and keeps the zeros.
+
+    When `train` begins, the zeros of the model become its masks, and pruned layers become native sparse layers where
+    these are faster. The other pruned layers stay dense and are held to their masks. Everything that `Trainer` does
+    keeps working; what is saved has dense layout and loads in stock transformers or timm.
+
+    A plain timm model, or another module whose `forward` returns logits and takes no `labels`, trains as well: its
+    loss is the cross entropy of the logits and the batch's `labels`, with `label_smoothing_factor`. A
+    `compute_loss_func(outputs, labels, num_items_in_batch)` replaces it and finds the logits in `outputs.logits`.
+
+    A resumed run (`resume_from_checkpoint`) takes masks and native layers from the checkpoint, whatever model it is
+    given; on one thread it ends with the very bits of the uninterrupted run. Ctrl-C or SIGTERM finishes the step,
+    saves a checkpoint and raises `TrainingInterrupted`.
+
+    Args:
+        args: `SparseTrainingArguments`.
+        card: entries of the model card (`license`, `datasets`, `base_model` ...), see `sparse_ft.save_pretrained`.
+        Others: as for `transformers.Trainer`. Optimizers that need whole weight matrices (GaLore, APOLLO) refuse
+            natively sparse layers. An optimizer object must be made after `sparse_ft.convert`; giving
+            `optimizer_cls_and_kwargs` or `args.optim` needs no care.
+
+    Attributes:
+        masks: the masks of the run by weight name, from the beginning of `train` on.
+        conversion_report: what became of each layer; None if nothing was converted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: SparseTrainingArguments | None = None,
+        *,
+        card: Mapping[str, Any] | None = None,
+        compute_loss_func: Any = None,
+        **trainer_arguments: Any,
+    ):
+        if args is None:
+            args = SparseTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, SparseTrainingArguments):
+            raise TypeError(f"args must be SparseTrainingArguments, not {type(args).__name__}")
+        # Trainer reads the model's config when it smooths labels; a model that gives bare logits has none.
+        smoothing = args.label_smoothing_factor
+        bare = model is not None and _gives_bare_logits(model)
+        if bare:
+            args.label_smoothing_factor = 0.0
+            compute_loss_func = compute_loss_func or _CrossEntropy(smoothing)
+        super().__init__(model, args, compute_loss_func=compute_loss_func, **trainer_arguments)
+        args.label_smoothing_factor = smoothing
+        self._gives_bare_logits = _gives_bare_logits(self.model)
+        if self._gives_bare_logits:
+            self.label_names = self.label_names or ["labels"]
+            self.compute_loss_func = self.compute_loss_func or _CrossEntropy(smoothing)  # model_init made the model
+
+        self.card = dict(card or {})
+        self.masks: dict[str, Tensor] = {}
+        self.conversion_report: ConversionReport | None = None
+        self._checkpoint_state: SparseState | None = None
+        self._frozen: FrozenMasks | None = None
+        self._own_optimizer = False
+        self._interrupt = InterruptRequest()
+        self.add_callback(_SparseTraining(self))
+
+    # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains; see `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint, or True for the last complete one in `args.output_dir`.
+
+        Raises:
+            CheckpointError: the checkpoint to resume from is not there or not complete, or one cannot be written.
+            TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint has been saved.
+            RuntimeError: a weight outside the masks is not zero at the end.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"no complete checkpoint to resume from in {self.args.output_dir!r}")
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+        if self.args.keep_freed_memory:
+            self.announce(str(keep_freed_memory()))
+        self._checkpoint_state = None
+        with self._interrupt:
+            try:
+                output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+            except _EvaluationStopped:
+                self._save_checkpoint(self.model, trial)
+            finally:
+                self.is_in_train = False
+        if self._interrupt.requested:
+            step = self.state.global_step
+            raise TrainingInterrupted(str(self._checkpoint_path(trial, step)), step)
+        self._check_masks()
+        return output
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self._make_sparse()
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _make_sparse(self) -> None:
+        """Records the masks, converts the model and holds the pruned layers left dense."""
+        checkpoint = self._checkpoint_state or SparseState()
+        model = self.accelerator.unwrap_model(self.model)
+        self.masks = checkpoint.masks if checkpoint.masks is not None else mask_state(model)
+        self._check_masks()
+        with preserved_random_state():
+            self._convert(model, checkpoint.native_layers)
+        if self._frozen is not None:
+            self._frozen.remove()
+        self._frozen = freeze_masks(model, self.masks)
+        self._check_masks(exactly=True)
+        self._check_optimizer(model)
+        self._announce_sparsity(model)
+
+    def _convert(self, model: nn.Module, chosen: list[str] | None) -> None:
+        args = self.args
+        if not self.masks or (args.sparse_policy == "none" and chosen is None):
+            return
+        options: dict[str, Any] = {"min_sparsity": args.min_sparsity, "masks": self.masks}
+        if chosen is None and args.process_index == 0:
+            self.conversion_report = convert(
+                model,
+                self._example_inputs(),
+                policy=args.sparse_policy,
+                ignore=args.sparse_ignore or (),
+                **options,
+            )
+            chosen = _native_layers(model)
+        if args.world_size > 1:
+            # Each process would measure for itself, and the gradients of different layers cannot be averaged.
+            box = [chosen]
+            torch.distributed.broadcast_object_list(box, src=0)
+            chosen = box[0]
+        present = set(_native_layers(model))
+        missing = [name for name in chosen or [] if name not in present]
+        if missing:
+            self.conversion_report = convert(model, layers=missing, **options)
+
+    def _example_inputs(self) -> Any:
+        """The first training batch, as the model takes it; the dataset is read once more for it."""
+        dataset: Any = self.train_dataset
+        collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        batch = next(iter(DataLoader(dataset, batch_size=self._train_batch_size, collate_fn=collator)))
+        batch = self._prepare_inputs(batch)
+        if not self._gives_bare_logits:
+            return batch
+        return tuple(value for name, value in batch.items() if name not in self.label_names)
+
+    def _check_optimizer(self, model: nn.Module) -> None:
+        """An optimizer from before the conversion would train weights that the model no longer has."""
+        if self.optimizer is None:
+            return
+        current = {id(parameter) for parameter in model.parameters()}
+        if all(id(p) in current for group in self.optimizer.param_groups for p in group["params"]):
+            return
+        if not self._own_optimizer:
+            raise ValueError(
+                "the optimizer was made for the dense weights of layers that are now sparse: call sparse_ft.convert "
+                "on the model before making it, or give optimizer_cls_and_kwargs instead"
+            )
+        self.optimizer = self.lr_scheduler = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self._own_optimizer = True
+            name = OptimizerNames(self.args.optim).value
+            if name.startswith(("galore", "apollo")) and _native_layers(self.model):
+                raise ValueError(
+                    f"optim={name} projects whole weight matrices, which natively sparse layers do not have: choose "
+                    "another optimizer, or sparse_policy='none'"
+                )
+        return super().create_optimizer(model)
+
+    def _check_masks(self, *, exactly: bool = False) -> None:
+        """Makes sure that no weight outside the masks of the run is or can become nonzero.
+
+        Args:
+            exactly: native layers train all positions of their mask, too.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        for name, mask in self.masks.items():
+            layer = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, SparseModule):
+                trained = layer.mask()
+                same = torch.equal(trained, mask.to(trained.device)) if exactly else not (trained & ~mask).any()
+            else:
+                weight = model.get_parameter(name)
+                same = not torch.any(weight.detach()[~mask.to(weight.device)])
+            if not same:
+                raise RuntimeError(f"the mask of {name} was not kept: weights that were pruned are nonzero")
+
+    def _announce_sparsity(self, model: nn.Module) -> None:
+        if not self.masks:
+            self.announce("the model has no zeros to keep: every layer trains dense")
+            return
+        native = [name for name in _native_layers(model) if f"{name}.weight" in self.masks]
+        self.announce(
+            f"{len(native)} of {len(self.masks)} pruned layers run on the native sparse kernels, the others dense "
+            f"with their zeros kept; overall sparsity {sparsity(model).overall:.2%}"
+        )
+
+    def announce(self, message: str) -> None:
+        """Tells the user, once and beside the progress bar, unless `args.log_level` asks for errors only."""
+        if self.is_world_process_zero() and self.args.get_process_log_level() <= logging.WARNING:
+            tqdm.write(f"sparse_ft: {message}", file=sys.stderr)
+
+    # Models that give bare logits
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        return super().compute_loss(self._callable(model), inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return super().prediction_step(self._callable(model), inputs, prediction_loss_only, ignore_keys)
+
+    def _callable(self, model: Any) -> Any:
+        return _WithOutput(model) if self._gives_bare_logits and not isinstance(model, _WithOutput) else model
+
+    def _set_signature_columns_if_needed(self) -> None:
+        unset = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if unset and self._gives_bare_logits:
+            self._signature_columns += ["pixel_values"]  # what collators call the images, whatever forward does
+
+    # Evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates; see `transformers.Trainer.evaluate`. Has no influence on the training that follows."""
+        with preserved_random_state():
+            return super().evaluate(*args, **kwargs)
+
+    # Checkpoints
+
+    def _checkpoint_path(self, trial: Any, step: int) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """`Trainer._save_checkpoint` into a folder that is complete as soon as it has its name."""
+        args = self.args
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        target = self._checkpoint_path(trial, self.state.global_step)
+        if self.state.best_global_step:
+            best = self._checkpoint_path(trial, self.state.best_global_step)
+            if best == target or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        with complete_folder(target, writes=args.should_save, wait=self.accelerator.wait_for_everyone) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if args.should_save and self.masks:
+                write_masks_beside(folder, self.model, self.masks)
+            if not args.save_only_model:
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
+            if args.should_save:
+                self._collect_callback_states()
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if args.should_save:
+            rotate_checkpoints(
+                output_dir=str(target.parent),
+                save_total_limit=args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _collect_callback_states(self) -> None:
+        states: dict[str, Any] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {
+            name: several if len(several) > 1 else several[0] for name, several in states.items()
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        # Back to dense: the checkpoint has masks of its own, and another choice of native layers.
+        to_dense(model)
+        self.model_wrapped = self.model
+        self._checkpoint_state = read_sparse_state(Path(resume_from_checkpoint), model)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"checkpoint {resume_from_checkpoint!r} does not fit the model: {_detail(error)}"
+            ) from error
+
+    def _load_best_model(self) -> None:
+        if not self._interrupt.requested:
+            super()._load_best_model()
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if state_dict is not None or not (isinstance(model, PreTrainedModel) or is_timm_model(model)):
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                info = json.dumps({NATIVE_LAYERS: _native_layers(model)}, indent=2)
+                Path(output_dir or self.args.output_dir, INFO_FILE).write_text(info + "\n", encoding="utf-8")
+            return
+        if not self.args.should_save:
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        save_pretrained(
+            model,
+            output_dir,
+            processor=self.processing_class or getattr(self.data_collator, "tokenizer", None),
+            metrics=self._last_evaluation(),
+            card=self.card,
+            extra={NATIVE_LAYERS: names_on_disk(model, _native_layers(model))},
+        )
+        torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    def _last_evaluation(self) -> dict[str, float]:
+        skipped = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        for entry in reversed(self.state.log_history):
+            if "eval_loss" in entry:
+                return {
+                    name.removeprefix("eval_"): value
+                    for name, value in entry.items()
+                    if name.startswith("eval_") and name not in skipped
+                }
+        return {}
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies a fixed list of files to the folder that is uploaded.
+        for name in (INFO_FILE, "README.md"):
+            source = Path(checkpoint_folder) / name
+            if source.is_file():
+                shutil.copy(source, Path(self.args.output_dir) / name)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes the model card of `sparse_ft.save_pretrained`, with these entries added to `card`.
+
+        `tasks` and `dataset_args` have no place in it.
+        """
+        given = {
+            "language": language,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "title": model_name,
+            "base_model": finetuned_from,
+            "datasets": dataset_tags,
+            "dataset_name": dataset if isinstance(dataset, str) or dataset is None else dataset[0],
+        }
+        self.card |= {name: value for name, value in given.items() if value}
+        self._save(self.args.output_dir)
+
+
+class _EvaluationStopped(Exception):
+    """Ctrl-C during an evaluation: the training steps are whole, so a checkpoint can be saved at once."""
+
+
+class _SparseTraining(TrainerCallback):
+    """What `SparseTrainer` does at each step."""
+
+    def __init__(self, trainer: SparseTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate tells the dataset its epoch except when it shards or skips batches; here it is always told.
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer._frozen is not None:
+            self.trainer._frozen.apply()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._agreed():
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._agreed():
+            # Unless the epoch was whole, this is not its end; and the checkpoint is saved already.
+            control.should_evaluate = control.should_save = False
+            control.should_training_stop = True
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.trainer.is_in_train and self.trainer.args.world_size == 1 and self.trainer._interrupt.requested:
+            raise _EvaluationStopped
+
+    def _agreed(self) -> bool:
+        """Whether any process was interrupted: all have to stop after the same step."""
+        interrupt = self.trainer._interrupt
+        if self.trainer.args.world_size > 1:
+            flag = torch.tensor(float(interrupt.requested), device=self.trainer.args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            interrupt.requested = bool(flag)
+        return interrupt.requested
+
+
+class _WithOutput:
+    """Calls a model that gives bare logits and gives back the output object that Trainer expects."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __call__(self, **inputs: Any) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.model(*inputs.values()))
+
+
+class _CrossEntropy:
+    """Mean cross entropy over all examples of an accumulated batch."""
+
+    def __init__(self, label_smoothing: float):
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = nn.functional.cross_entropy(
+            outputs.logits, labels, label_smoothing=self.label_smoothing, reduction=reduction
+        )
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def _gives_bare_logits(model: nn.Module) -> bool:
+    """Whether the model has no loss of its own."""
+    return not isinstance(model, PreTrainedModel) and "labels" not in inspect.signature(model.forward).parameters
+
+
+def _native_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, SparseModule)]
+
+
+def _detail(error: BaseException) -> str:
+    """The first fact of an error of `load_state_dict`, whose first line names only the class."""
+    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
+    kept = [line for line in lines if line]
+    return kept[1] if len(kept) > 1 else kept[0] if kept else type(error).__name__
