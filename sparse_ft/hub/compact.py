@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bitmap import SparseEntry, check_shape, count_ones, header, open_safetensors, pack_bits, read_entries, unpack_bits
+from .bitmap import (
+    SparseEntry,
+    check_shape,
+    count_ones,
+    header,
+    open_safetensors,
+    pack_bits,
+    read_entries,
+    unpack_bits,
+)
 
 COMPACT_FORMAT = "sparse_ft.compact"
 COMPACT_FILE = "sparse/model.safetensors"  # below the folder of a checkpoint
@@ -103,7 +112,7 @@ def _check_weight(name: str, weight: Tensor, mask: Tensor) -> None:
 
 def _dense_names(file: Any, entries: Mapping[str, SparseEntry]) -> list[str]:
     parts = {f"{name}{suffix}" for name in entries for suffix in (".values", ".bitmap")}
-    return [name for name in file.keys() if name not in parts]  # noqa: SIM118 (safe_open is not a mapping)
+    return [name for name in file.keys() if name not in parts]
 
 
 def _entries(path: str | Path, file: Any) -> dict[str, SparseEntry]:

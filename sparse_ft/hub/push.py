@@ -49,9 +49,9 @@ def push_to_hub(
     """
     if isinstance(model_or_dir, nn.Module):
         save_options["card"] = {"model_id": repo_id, **(save_options.get("card") or {})}
-        with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(model_or_dir, folder, **save_options)
-            return _push(Path(folder), repo_id, private, revision, create_pr, token, commit_message)
+        with tempfile.TemporaryDirectory() as temporary:
+            save_pretrained(model_or_dir, temporary, **save_options)
+            return _push(Path(temporary), repo_id, private, revision, create_pr, token, commit_message)
     if save_options:
         raise ModelError(f"{', '.join(save_options)}: only for a model; a folder is uploaded as it is")
     folder = Path(model_or_dir).expanduser()

@@ -63,36 +63,34 @@ def save_pretrained(
         ModelError: The model is of neither library, or the labels are not as many as its classes.
         OSError: The files cannot be written.
     """
-    model = unwrap(model)
-    is_wrapper = isinstance(model, TimmWrapperForImageClassification)
-    if is_wrapper:
-        pretrained_cfg = timm_models.wrapper_pretrained_cfg(model)
-        model = model.timm_model
-    elif timm_models.is_timm_model(model):
-        pretrained_cfg = dict(model.pretrained_cfg)
-    elif isinstance(model, PreTrainedModel):
-        pretrained_cfg = None
-    else:
+    inner: Any = unwrap(model)
+    pretrained_cfg = None
+    if isinstance(inner, TimmWrapperForImageClassification):
+        pretrained_cfg = timm_models.wrapper_pretrained_cfg(inner)
+        inner = inner.timm_model
+    elif timm_models.is_timm_model(inner):
+        pretrained_cfg = dict(inner.pretrained_cfg)
+    elif not isinstance(inner, PreTrainedModel):
         raise ModelError(
-            f"a {type(model).__name__} is neither a timm nor a transformers model, so no loader could rebuild it; "
+            f"a {type(inner).__name__} is neither a timm nor a transformers model, so no loader could rebuild it; "
             "save its state_dict() yourself"
         )
-    report = sparsity(model)
+    library = "timm" if pretrained_cfg is not None else "transformers"
+    task = "image-classification" if pretrained_cfg is not None else transformers_models.task_of(inner)
+    report = sparsity(inner)
     with staged(directory) as stage:
         if pretrained_cfg is not None:
-            library, task = "timm", "image-classification"
-            model_class = _save_timm(model, stage, pretrained_cfg, processor, label_names)
+            model_class = _save_timm(inner, stage, pretrained_cfg, processor, label_names)
         else:
-            library, task = "transformers", transformers_models.task_of(model)
-            model_class = _save_transformers(model, stage, label_names)
+            model_class = _save_transformers(inner, stage, label_names)
         if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
             processor.save_pretrained(stage)
-        masks = _masks_with_zeros(model)
+        masks = _masks_with_zeros(inner)
         if masks:
             write_masks(stage / MASK_FILE, masks)
         if recipe is not None:
             (stage / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-        info = _info(report, library, model_class, metrics or {}, extra or {})
+        info = info_text(report, library, model_class, metrics=metrics or {}, extra=extra or {})
         (stage / INFO_FILE).write_text(info, encoding="utf-8")
         readme = model_card(
             library=library,
@@ -112,7 +110,7 @@ def save_pretrained(
 
 
 def _save_timm(
-    model: nn.Module, stage: Path, pretrained_cfg: dict, processor: Any, label_names: Sequence[str] | None
+    model: Any, stage: Path, pretrained_cfg: dict, processor: Any, label_names: Sequence[str] | None
 ) -> str:
     if label_names is not None:
         _check_labels(label_names, model.num_classes)
@@ -120,13 +118,13 @@ def _save_timm(
     if isinstance(processor, TimmWrapperImageProcessor):
         pretrained_cfg = {**pretrained_cfg, **processor.data_config}
     config = timm_models.config_dict(model, pretrained_cfg)
-    (stage / "config.json").write_text(_json(config), encoding="utf-8")
+    (stage / "config.json").write_text(json_text(config), encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, stage / "model.safetensors", {"format": "pt"})
     return config["architecture"]
 
 
-def _save_transformers(model: PreTrainedModel, stage: Path, label_names: Sequence[str] | None) -> str:
+def _save_transformers(model: Any, stage: Path, label_names: Sequence[str] | None) -> str:
     model.save_pretrained(stage)
     if label_names is not None:
         _check_labels(label_names, model.config.num_labels)
@@ -134,7 +132,7 @@ def _save_transformers(model: PreTrainedModel, stage: Path, label_names: Sequenc
         config = json.loads(path.read_text(encoding="utf-8"))
         config["id2label"] = {str(index): name for index, name in enumerate(label_names)}
         config["label2id"] = {name: index for index, name in enumerate(label_names)}
-        path.write_text(_json(config), encoding="utf-8")
+        path.write_text(json_text(config), encoding="utf-8")
     return type(model).__name__
 
 
@@ -152,9 +150,10 @@ def _masks_with_zeros(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _info(
-    report: SparsityReport, library: str, model_class: str, metrics: Mapping[str, Any], extra: Mapping[str, Any]
+def info_text(
+    report: SparsityReport, library: str, model_class: str, *, metrics: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> str:
+    """Text of ``sparse_ft.json``."""
     info = {
         "model": model_class,
         "library": library,
@@ -168,10 +167,10 @@ def _info(
     clash = [name for name in extra if name in info]
     if clash:
         raise ModelError(f"extra may not replace the entry {clash[0]!r} of {INFO_FILE}")
-    return _json({**extra, **info})
+    return json_text({**extra, **info})
 
 
-def _json(content: Mapping[str, Any]) -> str:
+def json_text(content: Mapping[str, Any]) -> str:
     """Indented JSON with lists of numbers on one line, for human readers."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     return re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"

@@ -73,7 +73,9 @@ def _checked_folder(path: Path) -> Path:
     if not path.exists():
         raise ModelError(f"model folder {str(path)!r} does not exist; bundled models: {', '.join(BUNDLED_MODELS)}")
     if not path.is_dir():
-        raise ModelError(f"model {str(path)!r} is a file; give the folder that holds config.json and model.safetensors")
+        raise ModelError(
+            f"model {str(path)!r} is a file; give the folder that holds config.json and model.safetensors"
+        )
     files = [file.relative_to(path).as_posix() for file in path.iterdir()]
     if "config.json" not in files:
         checkpoints = sorted(fnmatch.filter(files, "checkpoint-*"))

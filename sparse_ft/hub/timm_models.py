@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models import filter_pretrained_cfg
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
@@ -43,13 +44,14 @@ def load(folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None
     # The weights travel in the config, so that timm applies the checkpoint filters of the architecture to them.
     source = {**pretrained_cfg, "source": "", "state_dict": dict(state_dict)}
     try:
-        model = timm.create_model(
+        model: Any = timm.create_model(
             architecture, pretrained=True, pretrained_cfg=source, pretrained_model_args=dict(model_args), **model_args
         )
     except RuntimeError as error:
         empty = timm.create_model(architecture, pretrained_cfg=deepcopy(pretrained_cfg), **model_args)
         raise ModelError(f"{folder}: {_difference(empty, state_dict) or str(error).splitlines()[0]}") from error
-    model.pretrained_cfg.pop("state_dict")
+    for name in ("state_dict", "source", "file"):  # of this load, not of the model
+        model.pretrained_cfg.pop(name, None)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     return model
@@ -73,18 +75,18 @@ def _difference(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str | Non
     return None
 
 
-def set_labels(model: nn.Module, label_names: Sequence[str]) -> None:
+def set_labels(model: Any, label_names: Sequence[str]) -> None:
     """Record the names of the classes in the model, where `config_dict` and the card find them."""
     model.pretrained_cfg = {**model.pretrained_cfg, "num_classes": model.num_classes, "label_names": list(label_names)}
 
 
-def config_dict(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+def config_dict(model: Any, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a timm model with this preprocessing and these ``label_names`` in `pretrained_cfg`.
 
     ``num_classes`` is left out of ``model_args``, where timm 1.0.31 records it too: transformers passes it by itself,
     and its TimmWrapper would fail on the second value.
     """
-    changes = dict(pretrained_cfg)
+    changes = filter_pretrained_cfg(dict(pretrained_cfg), remove_source=True, remove_null=True)
     names = changes.pop("label_names", None)
     if names is not None and len(names) != model.num_classes:
         names = None
@@ -97,7 +99,7 @@ def config_dict(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> dict[str
     return config
 
 
-def wrap(model: nn.Module) -> TimmWrapperForImageClassification:
+def wrap(model: Any) -> TimmWrapperForImageClassification:
     """The model as transformers' Trainer takes it: ``pixel_values`` and ``labels`` in, loss and logits out."""
     config = TimmWrapperConfig.from_dict(config_dict(model, model.pretrained_cfg))
     wrapper = TimmWrapperForImageClassification(config)
@@ -110,7 +112,8 @@ def wrapper_pretrained_cfg(wrapper: TimmWrapperForImageClassification) -> dict[s
 
     transformers builds the inner model without them.
     """
-    model, config = wrapper.timm_model, wrapper.config
+    model: Any = wrapper.timm_model
+    config: Any = wrapper.config
     names = [config.id2label[index] for index in range(config.num_labels)]
     if names == [f"LABEL_{index}" for index in range(len(names))]:
         names = model.pretrained_cfg.get("label_names")

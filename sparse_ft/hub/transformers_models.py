@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from .errors import ModelError
 
-TASKS: dict[str, Mapping[str, str | tuple[str, ...]]] = {
+TASKS: dict[str, Mapping[str, str | Sequence[str]]] = {
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "token-classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -30,7 +30,7 @@ def task_of(model: nn.Module) -> str | None:
 
 def _task_of_class(name: str) -> str | None:
     for task, classes in TASKS.items():
-        if any(name == entry or (isinstance(entry, tuple) and name in entry) for entry in classes.values()):
+        if any(name == entry or (not isinstance(entry, str) and name in entry) for entry in classes.values()):
             return task
     return None
 
@@ -80,8 +80,7 @@ def load(
     for name, found, expected in sorted(info["mismatched_keys"]):
         if not new_labels or name.startswith(body):
             raise ModelError(
-                f"{folder}: {name} has shape {tuple(found)} in the weights file, "
-                f"but the model needs {tuple(expected)}"
+                f"{folder}: {name} has shape {tuple(found)} in the weights file, but the model needs {tuple(expected)}"
             )
     of_body = [name for name in model.state_dict() if name.startswith(body)]
     if of_body and set(of_body) <= set(info["missing_keys"]):
@@ -103,7 +102,9 @@ def _model_class(folder: Path, config: PretrainedConfig, task: str | None, *, wi
         if hasattr(transformers, saved_as) and (not with_labels or saved_task.endswith("-classification")):
             return getattr(transformers, saved_as)
         # A language model or a bare encoder that is to get labels: the one classification task it is made for.
-        fitting = [name for name in ("image-classification", "text-classification") if config.model_type in TASKS[name]]
+        fitting = [
+            name for name in ("image-classification", "text-classification") if config.model_type in TASKS[name]
+        ]
         if len(fitting) != 1:
             raise ModelError(f"{folder}: give the task of this {config.model_type} model, one of {', '.join(TASKS)}")
         task = fitting[0]

@@ -295,6 +295,14 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in repository.commits[oid]]
         self._answer({"id": repo, "sha": oid, "siblings": siblings, "private": repository.private, "tags": []})
 
+    def branch(self, body: bytes, repo: str, revision: str) -> None:
+        self._require_write()
+        repository = self._repository(repo)
+        if revision in repository.refs:
+            raise HubError(409, None, "Reference already exists")
+        repository.refs[revision] = repository.resolve(json.loads(body).get("startingPoint") or "main")
+        self._answer({})
+
     def refs(self, body: bytes, repo: str) -> None:
         repository = self._repository(repo)
         branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": o} for n, o in repository.refs.items()]
@@ -342,6 +350,7 @@ _ROUTES = [
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", rf"{_MODEL}/preupload/{_REVISION}", _Handler.preupload),
     ("POST", rf"{_MODEL}/commit/{_REVISION}", _Handler.commit),
+    ("POST", rf"{_MODEL}/branch/{_REVISION}", _Handler.branch),
     ("POST", rf"{_MODEL}/discussions", _Handler.open_pull_request),
     ("GET", rf"{_MODEL}/discussions/(?P<number>[0-9]+)", _Handler.pull_request),
     ("GET", rf"{_MODEL}", _Handler.model_info),

@@ -1,0 +1,113 @@
+"""From a sparse model to the Hub and back into stock timm and transformers, in processes of their own."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hub_server import READ_TOKEN
+
+from sparse_ft.hub import ModelError, push, push_to_hub
+
+TESTS = Path(__file__).parent
+
+PUSH = """
+import pathlib
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+from tiny_models import images, tiny_bert, tiny_resnet, tokens
+import sparse_ft
+from sparse_ft.hub import ModelError, push_to_hub, save_pretrained
+
+torch.set_num_threads(1)
+resnet, bert = tiny_resnet(), tiny_bert()
+with torch.no_grad():
+    torch.save([resnet(images()), bert(tokens()).logits], "expected.pt")
+for model in (resnet, bert):
+    sparse_ft.convert(model, policy="always")
+print(push_to_hub(resnet, "user/resnet", label_names=[f"class {{i}}" for i in range(10)]))
+
+# A training run's folder, with what must not travel.
+save_pretrained(bert, "run")
+for name in ("checkpoint-5/model.safetensors", "_scratch/x", "training_args.bin", "optimizer.pt"):
+    path = pathlib.Path("run", name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("private")
+print(push_to_hub("run", "bert", private=True))
+print(push_to_hub("run", "user/bert", revision="tuned"))
+pathlib.Path("run", "README.md").write_text("# Changed")
+print(push_to_hub("run", "user/bert", create_pr=True, commit_message="Another card"))
+
+# A second push must not leave the masks of the first beside its weights.
+with torch.no_grad():
+    resnet.layer1[0].conv1.weight[:2] = 0.0
+push_to_hub(resnet, "user/stale")
+with torch.no_grad():
+    resnet.layer1[0].conv1.weight[:2] = 1.0
+from huggingface_hub import list_repo_files
+print("sparse_masks.safetensors" in list_repo_files("user/stale"))
+push_to_hub(resnet, "user/stale")
+print("sparse_masks.safetensors" in list_repo_files("user/stale"))
+
+for token in ("hf_unknowntoken", {read_token!r}, "hf_bad\\ntoken"):
+    try:
+        push_to_hub("run", "user/other", token=token)
+    except ModelError as error:
+        print(error)
+"""
+
+STOCK = """
+import sys
+import timm
+import torch
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+torch.set_num_threads(1)
+images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+expected = torch.load("expected.pt")
+with torch.no_grad():
+    resnet = timm.create_model("hf-hub:user/resnet", pretrained=True).eval()(images)
+    wrapped = AutoModelForImageClassification.from_pretrained("user/resnet")
+    bert = AutoModelForSequenceClassification.from_pretrained("user/bert")(torch.arange(24).view(2, 12)).logits
+    print(torch.equal(wrapped(pixel_values=images).logits, resnet), wrapped.config.id2label[3])
+    print(torch.equal(resnet, expected[0]), torch.equal(bert, expected[1]))
+assert "sparse_ft" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("upload_mode", ["regular", "lfs"])
+def test_push_and_stock_load(hub, run_client, upload_mode):
+    hub.upload_mode = upload_mode
+    lines = run_client(PUSH.format(tests=str(TESTS), read_token=READ_TOKEN)).splitlines()
+    assert lines[0].startswith(f"{hub.endpoint}/user/resnet/commit/")
+    assert lines[1].startswith(f"{hub.endpoint}/user/bert/commit/")
+    assert lines[2].startswith(f"{hub.endpoint}/user/bert/commit/")
+    assert lines[3] == f"{hub.endpoint}/user/bert/discussions/1"
+    assert lines[4:6] == ["True", "False"]
+    assert "the Hub does not accept the token for 'user/other'" in lines[6]
+    assert "may not write to 'user/other'" in lines[7]
+    assert len(lines) == 9 and "hf_" not in "".join(lines[6:])
+
+    files = {"README.md", "config.json", "model.safetensors", "sparse_ft.json"}
+    assert set(hub.files("user/resnet")) == files
+    assert set(hub.files("user/bert")) == set(hub.files("user/bert", "tuned")) == files
+    assert hub.files("user/bert", "refs/pr/1")["README.md"] == b"# Changed" != hub.files("user/bert")["README.md"]
+    assert hub.repositories["user/bert"].private and not hub.repositories["user/resnet"].private
+    assert "num_classes" not in json.loads(hub.files("user/resnet")["config.json"])["model_args"]
+    assert b'hf-hub:user/resnet"' in hub.files("user/resnet")["README.md"]
+
+    stock = run_client(STOCK, home="stock")
+    assert stock.split("\n")[:2] == ["True class 3", "True True"]
+
+
+def test_push_needs_a_model_and_a_token(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ModelError, match="has no model to push: it needs config.json and model.safetensors"):
+        push_to_hub(tmp_path, "user/model")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="metrics: only for a model"):
+        push_to_hub(tmp_path, "user/model", metrics={})
+    monkeypatch.setattr(push, "get_token", lambda: None)
+    with pytest.raises(ModelError, match="needs a Hub token: log in with `hf auth login` or set HF_TOKEN"):
+        push_to_hub(tmp_path, "user/model")
