@@ -1,9 +1,11 @@
 // Gather product: forward and input gradient.
 //     for every row r, position p:  D[r, p] = bias[r] + sum_k w[r, k] * S[channel(k), p * step + tap(k)]
-// A tile's lanes (cols x samples) are up to eight vectors of accumulators in registers; each nonzero
+// A tile's lanes (cols x samples) are up to twelve vectors of accumulators in registers; each nonzero
 // is one broadcast and one fused multiply-add per vector with a panel operand; each output is stored once.
+#include <array>
 #include <atomic>
 #include <omp.h>
+#include <utility>
 
 #include "panel.h"
 
@@ -11,7 +13,7 @@ namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 namespace {
 
-constexpr int kVectors = 8;
+constexpr int kRowVectors = 12;
 
 struct RowSet {  // rows that read one packed panel block
     const int32_t *segment, *offset;
@@ -48,15 +50,12 @@ void rows_times_panel(const RowSet& set, int64_t block, int64_t begin, int64_t e
 }
 
 using RowKernel = decltype(&rows_times_panel<1>);
-constexpr RowKernel kRowKernels[kVectors + 1] = {nullptr,
-                                                 rows_times_panel<1>,
-                                                 rows_times_panel<2>,
-                                                 rows_times_panel<3>,
-                                                 rows_times_panel<4>,
-                                                 rows_times_panel<5>,
-                                                 rows_times_panel<6>,
-                                                 rows_times_panel<7>,
-                                                 rows_times_panel<8>};
+
+template <size_t... V>
+constexpr std::array<RowKernel, sizeof...(V) + 1> row_kernels(std::index_sequence<V...>) {
+    return {nullptr, rows_times_panel<int(V) + 1>...};
+}
+constexpr auto kRowKernels = row_kernels(std::make_index_sequence<kRowVectors>());
 
 // Writes one row's finished tile, staged as [tile row][padded run], to a batch-last destination.
 void scatter_batch_last(const Geometry& g, const Plane& p, const Tile& tile, const float* from, int64_t padded,
@@ -85,7 +84,7 @@ class GatherProduct {
         const int64_t rows = g.groups * g.rows_per_group;
         int64_t segments = 0;
         for (int64_t i = 0; i < q.plane_count; ++i) {
-            tilings.emplace_back(g, q.planes[i], kVectors * kLanes, kPanelBytes);
+            tilings.emplace_back(g, q.planes[i], kRowVectors * kLanes, panel_bytes());
             tables.emplace_back(tilings[i], g);
             segment_start.push_back(segments);
             segments += rows * (tilings[i].blocks + 1);
@@ -124,7 +123,13 @@ class GatherProduct {
     int64_t parts = 1;              // row parts of a tile, where there are too few tiles for the threads
     int32_t *offsets, *segment;
     float* gathered;
-    static constexpr int64_t kPanelBytes = 448 << 10;
+
+    // Long rows pay for a reduction in blocks that sit high in the second-level cache; for short rows a
+    // larger panel (fewer halo rows packed, fewer partial sums stored) is worth more. Measured.
+    int64_t panel_bytes() const {
+        const int64_t rows = g.groups * g.rows_per_group * q.plane_count;
+        return (q.nnz > 48 * rows ? 128 : 448) << 10;
+    }
 
     void split_work() {
         const int64_t rows = g.groups * g.rows_per_group;
@@ -163,7 +168,7 @@ class GatherProduct {
         const RowSet set{segment + segment_start[plane], offsets, gathered ? gathered : q.values, t.blocks + 1};
         const int64_t run = tile.run(), vectors = (run + kLanes - 1) / kLanes, padded = vectors * kLanes;
         const RowKernel kernel = kRowKernels[vectors];
-        float* panel = panel_scratch.floats(size_t(t.panel_floats() + kVectors * kLanes));
+        float* panel = panel_scratch.floats(size_t(t.panel_floats() + kRowVectors * kLanes));
         const View& d = q.dest;
         const bool direct = d.n == 1 && run == padded && (tile.cols == 1 || d.x * g.dest_step_x == tile.lanes);
         // A blocked reduction keeps all its rows' sums until the last block; otherwise 16 rows at a time are staged.

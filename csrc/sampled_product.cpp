@@ -17,6 +17,8 @@ struct RowLanes {  // where one row of G lies for a tile
     int64_t tile_row;
 };
 
+constexpr int kDotVectors = 16;  // of a tile: longer runs spread the cost of the closing sums
+
 template <int M>
 void dot_group(const RowLanes& grad, const float* panel, int64_t panel_row, int64_t tile_rows, int64_t run,
                const int32_t* offset, float* out) {
@@ -55,7 +57,7 @@ class SampledProduct {
         : q(product),
           g(product.geometry),
           p(product.planes[0]),
-          t(g, p, 8 * kLanes, kPanelBytes),
+          t(g, p, kDotVectors * kLanes, kPanelBytes),
           table(t, g),
           rows(g.groups * g.rows_per_group) {
         thread_local Scratch shared_offsets, shared_segments, shared_partials;
@@ -125,7 +127,7 @@ class SampledProduct {
 
     void sum_tile(const Tile& tile, int64_t first, int64_t last, float* sums) {
         thread_local Scratch panel_scratch, stage_scratch;
-        float* panel = panel_scratch.floats(size_t(t.panel_floats() + 8 * kLanes));
+        float* panel = panel_scratch.floats(size_t(t.panel_floats() + kDotVectors * kLanes));
         const View& d = q.grad;
         const int64_t run = tile.run(), padded = (run + kLanes - 1) / kLanes * kLanes;
         const bool direct = d.n == 1 && run == padded && (tile.cols == 1 || d.x == tile.lanes);

@@ -1,0 +1,132 @@
+"""Whole training steps, dense against sparse, side by side in one process."""
+
+import copy
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.convert import to_dense
+from sparse_ft.tune import interleaved_medians
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+}
+
+
+@dataclass(frozen=True)
+class StepComparison:
+    """Median milliseconds of a training step: forward, backward, optimizer.
+
+    `dense_ms` is the faster of the dense model in torch's contiguous and channels-last layouts, each of which is in
+    `variants`; `page_faults` counts minor faults per step of each variant.
+    """
+
+    dense_ms: float
+    sparse_ms: float
+    variants: dict[str, float]
+    page_faults: dict[str, int]
+    threads: int
+    rounds: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the sparse step is."""
+        return self.dense_ms / self.sparse_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with the speed-up."""
+        return {**asdict(self), "speedup": self.speedup}
+
+    def __str__(self) -> str:
+        return (
+            f"training step: dense {self.dense_ms:.1f} ms, sparse {self.sparse_ms:.1f} ms, "
+            f"{self.speedup:.2f} times as fast ({self.threads} threads, medians of {self.rounds})"
+        )
+
+
+def _to_channels_last(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
+    if isinstance(batch, Mapping):
+        return {key: _to_channels_last(value) for key, value in batch.items()}
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return [_to_channels_last(value) for value in batch]
+    return batch
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """A scalar that every output depends on: the model's own loss if it gives one, else the mean square."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if loss is not None:
+        return loss
+    first = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return first.float().square().mean()
+
+
+def training_step(model: nn.Module, batch: Any, optimizer: str = "sgd") -> Callable[[], None]:
+    """A function that trains `model` for one step on `batch` (tensor, sequence, or dict of keyword arguments)."""
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
+    update = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    model.train()
+
+    def step() -> None:
+        if isinstance(batch, Mapping):
+            outputs = model(**batch)
+        elif isinstance(batch, Tensor):
+            outputs = model(batch)
+        else:
+            outputs = model(*batch)
+        loss_of(outputs).backward()
+        update.step()
+        update.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _faults(run: Callable[[], None]) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def compare_steps(
+    model: nn.Module, batch: Any, *, steps: int | None = 5, optimizer: str = "sgd", dense: nn.Module | None = None
+) -> StepComparison:
+    """Times whole training steps of a converted model against its dense form, taking turns.
+
+    Works on copies: the model, its gradients and statistics are left as they are.
+
+    Args:
+        model: a model with sparse layers; on the way it is copied twice.
+        batch: what its forward takes: a tensor, a sequence, or a dict of keyword arguments (with labels, the
+            model's own loss is used).
+        steps: timed steps of each variant; None chooses 3 to 15.
+        optimizer: "sgd" (momentum) or "adamw".
+        dense: the opponent; None takes the same weights in dense form.
+    """
+    sparse = copy.deepcopy(model)
+    dense = to_dense(copy.deepcopy(model)) if dense is None else copy.deepcopy(dense)
+    images = any(isinstance(module, nn.Conv2d) for module in dense.modules())
+    variants = {
+        "sparse": training_step(sparse, batch, optimizer),
+        "dense contiguous": training_step(dense, batch, optimizer),
+    }
+    if images:
+        other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+        variants["dense channels_last"] = training_step(other, _to_channels_last(batch), optimizer)
+    medians = interleaved_medians(variants, rounds=steps)
+    milliseconds = {name: seconds * 1e3 for name, seconds in medians.items()}
+    return StepComparison(
+        dense_ms=min(ms for name, ms in milliseconds.items() if name != "sparse"),
+        sparse_ms=milliseconds["sparse"],
+        variants=milliseconds,
+        page_faults={name: _faults(run) for name, run in variants.items()},
+        threads=torch.get_num_threads(),
+        rounds=steps or 0,
+    )
