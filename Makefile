@@ -1,0 +1,49 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`. Needs Python 3.11+, a C++ compiler and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow bench check format clean
+
+quickstart: $(VENV)/.installed  ## fine-tune the bundled sparse ResNet-20 on handwritten digits
+	$(BIN)/sparse-ft finetune --model resnet20-cifar10 --dataset digits --output-dir out/quickstart --overwrite
+
+test: $(VENV)/.installed  ## every fast test
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.installed  ## the rest: minutes each
+	$(BIN)/pytest -m slow
+
+bench: $(VENV)/.bench  ## kernels and whole steps against dense torch and the published packages
+	$(BIN)/python scripts/bench.py --json out/bench.json --markdown out/bench.md
+
+check: $(VENV)/.dev  ## lint, types, formats
+	$(BIN)/ruff check sparse_ft tests scripts
+	$(BIN)/ruff format --check sparse_ft tests scripts
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix sparse_ft tests scripts
+	$(BIN)/ruff format sparse_ft tests scripts
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
+
+$(VENV)/.installed: pyproject.toml $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install -e ".[test]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+# The published packages compile on installation and need setuptools for it; one that does not build is left out.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet setuptools wheel pybind11 scipy
+	-$(BIN)/pip install --quiet --no-build-isolation sparseprop
+	-$(BIN)/pip install --quiet sparselab
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out
