@@ -48,33 +48,43 @@ def push_to_hub(
         ModelError: The folder has no model, there is no token, or the Hub refuses; one line says what to do.
     """
     if isinstance(model_or_dir, nn.Module):
+        api, repo_id = _connect(repo_id, token)
         save_options["card"] = {"model_id": repo_id, **(save_options.get("card") or {})}
         with tempfile.TemporaryDirectory() as temporary:
             save_pretrained(model_or_dir, temporary, **save_options)
-            return _push(Path(temporary), repo_id, private, revision, create_pr, token, commit_message)
+            return _upload(Path(temporary), api, repo_id, private, revision, create_pr, commit_message)
     if save_options:
         raise ModelError(f"{', '.join(save_options)}: only for a model; a folder is uploaded as it is")
     folder = Path(model_or_dir).expanduser()
     if not (folder / "config.json").is_file() or not any((folder / file).is_file() for file in WEIGHT_FILES):
         raise ModelError(f"folder {str(folder)!r} has no model to push: it needs config.json and model.safetensors")
-    return _push(folder, repo_id, private, revision, create_pr, token, commit_message)
+    api, repo_id = _connect(repo_id, token)
+    return _upload(folder, api, repo_id, private, revision, create_pr, commit_message)
 
 
-def _push(
-    folder: Path,
-    repo_id: str,
-    private: bool | None,
-    revision: str | None,
-    create_pr: bool,
-    token: str | None,
-    commit_message: str,
-) -> str:
+def _connect(repo_id: str, token: str | None) -> tuple[HfApi, str]:
+    """A client, and the full id of a repository that is named without its user."""
     token = token or get_token()
     if not token:
         raise ModelError(f"pushing to {repo_id!r} needs a Hub token: {LOGIN_HINT}")
     api = HfApi(token=token)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api, repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+    except Exception as error:  # see _upload
+        raise explain_hub_error(error, repo_id) from None
+
+
+def _upload(
+    folder: Path,
+    api: HfApi,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str,
+) -> str:
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(

@@ -92,7 +92,10 @@ def config_dict(model: Any, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]
         names = None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        save_config_for_hf(model, str(path), model_config={"pretrained_cfg": changes, "label_names": names})
+        try:
+            save_config_for_hf(model, str(path), model_config={"pretrained_cfg": changes, "label_names": names})
+        except ValueError as error:  # an argument of create_model that is not JSON
+            raise ModelError(f"config.json cannot describe this {type(model).__name__}: {error}") from error
         config = json.loads(path.read_text())
     config.get("model_args", {}).pop("num_classes", None)
     config["pretrained_cfg"].pop("label_names", None)
@@ -100,7 +103,13 @@ def config_dict(model: Any, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]
 
 
 def wrap(model: Any) -> TimmWrapperForImageClassification:
-    """The model as transformers' Trainer takes it: ``pixel_values`` and ``labels`` in, loss and logits out."""
+    """The model as transformers' Trainer takes it: ``pixel_values`` and ``labels`` in, loss and logits out.
+
+    Raises:
+        ModelError: The model has no classifier.
+    """
+    if not model.num_classes:
+        raise ModelError(f"this {type(model).__name__} has no classifier: give num_labels")
     config = TimmWrapperConfig.from_dict(config_dict(model, model.pretrained_cfg))
     wrapper = TimmWrapperForImageClassification(config)
     wrapper.timm_model = model

@@ -284,6 +284,17 @@ def test_timm_architecture_with_random_weights():
     assert model.fc.out_features == 4 and len(model.layer1) == 1
 
 
+def test_timm_model_that_cannot_be_described_or_wrapped(tmp_path):
+    strange = load_model("timm/resnet18", model_args={"layers": (1, 1, 1, 0), "norm_layer": torch.nn.BatchNorm2d})
+    with pytest.raises(ModelError, match="config.json cannot describe this ResNet: .*norm_layer"):
+        save_pretrained(strange, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    save_pretrained(tiny_resnet(num_classes=0), tmp_path / "features")
+    with pytest.raises(ModelError, match="no classifier: give num_labels"):
+        load_model(tmp_path / "features", for_trainer=True)
+    assert load_model(tmp_path / "features", for_trainer=True, num_labels=2).num_labels == 2
+
+
 def test_unconverted_model_of_neither_library_is_refused(tmp_path):
     with pytest.raises(ModelError, match="Linear is neither a timm nor a transformers model"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path / "out")

@@ -25,7 +25,7 @@ with torch.no_grad():
     torch.save([resnet(images()), bert(tokens()).logits], "expected.pt")
 for model in (resnet, bert):
     sparse_ft.convert(model, policy="always")
-print(push_to_hub(resnet, "user/resnet", label_names=[f"class {{i}}" for i in range(10)]))
+print(push_to_hub(resnet, "resnet", label_names=[f"class {{i}}" for i in range(10)]))
 
 # A training run's folder, with what must not travel.
 save_pretrained(bert, "run")

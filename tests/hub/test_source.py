@@ -73,6 +73,7 @@ def test_hub(hub, run_client):
     hub.add_repository("user/empty", {"README.md": b""})
     hub.add_repository("user/secret", model, private=True)
     hub.add_repository("timm/resnet18.tag", model)
+    hub.add_repository("timm/resnet18.a1_in1k", model)  # what timm 1.0 has as the default weights of resnet18
     names = ["user/full", "hf-hub:user/full@main", "user/small", "timm/resnet18.tag"]
     names += ["user/full@nowhere", "user/pickle", "user/empty", "user/secret", "user/typo"]
     names += ["timm/resnet81", "resnet18", "a b/c"]
@@ -85,7 +86,11 @@ def test_hub(hub, run_client):
         except ModelError as error:
             print(error)
 
+    print(resolve("timm/resnet18", pretrained=True).hub_id)
     from huggingface_hub import constants
+    constants.HF_HUB_OFFLINE = True
+    print(resolve("user/full").folder.name)
+    constants.HF_HUB_OFFLINE = False
     constants.ENDPOINT = "http://127.0.0.1:9"
     try:
         resolve("user/absent")
@@ -106,6 +111,8 @@ def test_hub(hub, run_client):
         "names that exist: timm/resnet18",
         "write timm/resnet18",
         "not a valid Hub id",
+        "timm/resnet18.a1_in1k",
+        hub.repositories["user/full"].refs["main"],  # from the cache
         "not in the local cache and the Hub cannot be reached",
     ]
     assert len(lines) == 4 + len(expected)
