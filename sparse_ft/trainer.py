@@ -72,6 +72,10 @@ class SparseTrainer(Trainer):
         conversion_report: what became of each layer; None if nothing was converted.
     """
 
+    args: SparseTrainingArguments
+    model: Any
+    train_dataset: Any
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
@@ -126,9 +130,9 @@ class SparseTrainer(Trainer):
             RuntimeError: a weight outside the masks is not zero at the end.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self._folder)
             if resume_from_checkpoint is None:
-                raise CheckpointError(f"no complete checkpoint to resume from in {self.args.output_dir!r}")
+                raise CheckpointError(f"no complete checkpoint to resume from in {str(self._folder)!r}")
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
         if self.args.keep_freed_memory:
@@ -159,6 +163,7 @@ class SparseTrainer(Trainer):
         self._check_masks()
         with preserved_random_state():
             self._convert(model, checkpoint.native_layers)
+            self._check_loss_scale(model)
         if self._frozen is not None:
             self._frozen.remove()
         self._frozen = freeze_masks(model, self.masks)
@@ -203,6 +208,29 @@ class SparseTrainer(Trainer):
         if not self._gives_bare_logits:
             return batch
         return tuple(value for name, value in batch.items() if name not in self.label_names)
+
+    @torch.no_grad()
+    def _check_loss_scale(self, model: nn.Module) -> None:
+        """Finds models that take `num_items_in_batch` and ignore it, such as BERT for sequence classification.
+
+        Trainer believes that they average their loss over all accumulated batches. It is their mean over one batch,
+        and accumulated gradients would be too large by the number of batches.
+        """
+        if (
+            self.args.gradient_accumulation_steps == 1
+            or not self.model_accepts_loss_kwargs
+            or self.compute_loss_func is not None
+        ):
+            return
+        inputs = self._example_inputs()
+        if "labels" not in inputs:
+            return
+        training = model.training
+        model.eval()
+        one, two = (model(**inputs, num_items_in_batch=torch.tensor(n)) for n in (1, 2))
+        model.train(training)
+        if isinstance(one, dict) and "loss" in one and torch.equal(one["loss"], two["loss"]) and one["loss"] != 0:
+            self.model_accepts_loss_kwargs = False
 
     def _check_optimizer(self, model: nn.Module) -> None:
         """An optimizer from before the conversion would train weights that the model no longer has."""
@@ -289,6 +317,7 @@ class SparseTrainer(Trainer):
         unset = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if unset and self._gives_bare_logits:
+            assert self._signature_columns is not None
             self._signature_columns += ["pixel_values"]  # what collators call the images, whatever forward does
 
     # Evaluation
@@ -299,6 +328,10 @@ class SparseTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     # Checkpoints
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     def _checkpoint_path(self, trial: Any, step: int) -> Path:
         return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
@@ -339,9 +372,8 @@ class SparseTrainer(Trainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks = {
-            name: several if len(several) > 1 else several[0] for name, several in states.items()
-        }
+        by_name = {name: several if len(several) > 1 else several[0] for name, several in states.items()}
+        self.state.stateful_callbacks = by_name  # type: ignore[assignment]  # declared as the list it begins as
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -368,20 +400,20 @@ class SparseTrainer(Trainer):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
                 info = json.dumps({NATIVE_LAYERS: _native_layers(model)}, indent=2)
-                Path(output_dir or self.args.output_dir, INFO_FILE).write_text(info + "\n", encoding="utf-8")
+                Path(output_dir or self._folder, INFO_FILE).write_text(info + "\n", encoding="utf-8")
             return
         if not self.args.should_save:
             return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
+        folder = self._folder if output_dir is None else Path(output_dir)
         save_pretrained(
             model,
-            output_dir,
+            folder,
             processor=self.processing_class or getattr(self.data_collator, "tokenizer", None),
             metrics=self._last_evaluation(),
-            card=self.card,
+            card=self.card | ({"model_id": self.hub_model_id} if self.hub_model_id else {}),
             extra={NATIVE_LAYERS: names_on_disk(model, _native_layers(model))},
         )
-        torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _last_evaluation(self) -> dict[str, float]:
         skipped = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -399,7 +431,7 @@ class SparseTrainer(Trainer):
         for name in (INFO_FILE, "README.md"):
             source = Path(checkpoint_folder) / name
             if source.is_file():
-                shutil.copy(source, Path(self.args.output_dir) / name)
+                shutil.copy(source, self._folder / name)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
@@ -428,7 +460,7 @@ class SparseTrainer(Trainer):
             "dataset_name": dataset if isinstance(dataset, str) or dataset is None else dataset[0],
         }
         self.card |= {name: value for name, value in given.items() if value}
-        self._save(self.args.output_dir)
+        self._save()
 
 
 class _EvaluationStopped(Exception):
