@@ -1,6 +1,7 @@
 """The one error that loading, saving and pushing models raises, and the Hub's errors in words."""
 
 import re
+import textwrap
 
 from huggingface_hub import constants, errors
 
@@ -10,6 +11,11 @@ _TOKEN = re.compile(r"hf_\w+|(?<=Bearer )[^\s'\"]+")
 
 class ModelError(ValueError):
     """A model cannot be loaded, saved or pushed as asked; one line says what is wrong, where, and what to do."""
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of another library in one line, without its end if it is very long."""
+    return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
 def explain_hub_error(error: Exception, repo_id: str, *, revision: str | None = None) -> ModelError:

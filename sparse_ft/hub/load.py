@@ -59,6 +59,10 @@ def from_pretrained(
         model_args: For ``timm/ARCHITECTURE`` without weights: arguments of `timm.create_model`.
         dtype: Of the parameters. The native kernels compute in float32.
 
+    Returns:
+        The model, in the mode in which its library's own loader leaves it: timm's for training, transformers' for
+        evaluation.
+
     Raises:
         ModelError: The model is not there, or cannot be used as asked; the message says why in one line.
     """

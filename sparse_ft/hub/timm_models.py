@@ -1,6 +1,7 @@
 """timm models: built from a checkpoint folder, wrapped for the Trainer, described in a config.json that both
 timm and transformers read."""
 
+import inspect
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import filter_pretrained_cfg
+from timm.models import build_model_with_cfg, filter_pretrained_cfg
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from .errors import ModelError
+from .errors import ModelError, one_line
+
+# Arguments that say where weights come from and how they are taken, which a stranger's config.json may not.
+_FACTORY_ARGUMENTS = {
+    name for factory in (timm.create_model, build_model_with_cfg) for name in inspect.signature(factory).parameters
+}
 
 
 def is_timm_model(model: nn.Module) -> bool:
@@ -36,20 +42,22 @@ def load(folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None
     """
     try:
         pretrained_cfg, architecture, model_args = load_model_config_from_path(folder)
+        model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
     except (AttributeError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/config.json does not describe a timm model: {error}") from error
-    if not timm.is_model(architecture):
-        raise ModelError(f"{folder}/config.json: timm {timm.__version__} has no architecture {architecture!r}")
-    model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
+        raise ModelError(f"{folder}/config.json does not describe a timm model: {one_line(error)}") from error
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ModelError(f"{folder}/config.json: timm {timm.__version__} has no architecture {architecture!r:.80}")
+    if control := sorted(_FACTORY_ARGUMENTS.intersection(model_args)):
+        raise ModelError(f"{folder}/config.json: model_args may not hold {control[0]!r}")
     # The weights travel in the config, so that timm applies the checkpoint filters of the architecture to them.
     source = {**pretrained_cfg, "source": "", "state_dict": dict(state_dict)}
     try:
         model: Any = timm.create_model(
             architecture, pretrained=True, pretrained_cfg=source, pretrained_model_args=dict(model_args), **model_args
         )
-    except RuntimeError as error:
-        empty = timm.create_model(architecture, pretrained_cfg=deepcopy(pretrained_cfg), **model_args)
-        raise ModelError(f"{folder}: {_difference(empty, state_dict) or str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a stranger's settings make an architecture raise
+        problem = _difference(architecture, pretrained_cfg, model_args, state_dict) or one_line(error)
+        raise ModelError(f"{folder}: {problem}") from error
     for name in ("state_dict", "source", "file"):  # of this load, not of the model
         model.pretrained_cfg.pop(name, None)
     if num_classes is not None and num_classes != model.num_classes:
@@ -57,8 +65,15 @@ def load(folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None
     return model
 
 
-def _difference(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str | None:
-    expected = model.state_dict()
+def _difference(
+    architecture: str, pretrained_cfg: dict[str, Any], model_args: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> str | None:
+    """How the weights differ from the model that config.json describes, if it describes one."""
+    try:
+        empty = timm.create_model(architecture, pretrained_cfg=deepcopy(pretrained_cfg), **model_args)
+    except Exception:  # then the settings are the problem, and the caller has their error
+        return None
+    expected = empty.state_dict()
     for name, tensor in state_dict.items():
         if name in expected and tensor.shape != expected[name].shape:
             return (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-from .errors import ModelError
+from .errors import ModelError, one_line
 
 TASKS: dict[str, Mapping[str, str | Sequence[str]]] = {
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -74,8 +74,8 @@ def load(
             ignore_mismatched_sizes=True,  # each mismatch is judged below
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever a stranger's settings make an architecture raise
+        raise ModelError(f"{folder}: {one_line(error)}") from error
     body = f"{model.base_model_prefix}."
     for name, found, expected in sorted(info["mismatched_keys"]):
         if not new_labels or name.startswith(body):
@@ -90,9 +90,9 @@ def load(
 
 def _config(folder: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, KeyError, ValueError) as error:
-        raise ModelError(f"{folder}/config.json: {str(error).strip().splitlines()[0]}") from error
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise ModelError(f"{folder}/config.json: {one_line(error)}") from error
 
 
 def _model_class(folder: Path, config: PretrainedConfig, task: str | None, *, with_labels: bool) -> Any:

@@ -167,6 +167,24 @@ def test_truncated_file_is_refused(path):
         compact.unpack(path)
 
 
+@settings(max_examples=150, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_damage_is_refused_or_harmless(tmp_path_factory, changes):
+    """Bytes overwritten anywhere: a ValueError, or tensors that keep the format's promises."""
+    path = tmp_path_factory.mktemp("fuzz") / "w.safetensors"
+    write(path, *compact.pack(*a_state_dict()))
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[place % len(content)] = value
+    path.write_bytes(content)
+    try:
+        state_dict, masks = compact.unpack(path)
+    except ValueError:
+        return
+    for name, mask in masks.items():
+        assert mask.shape == state_dict[name].shape and not torch.any(state_dict[name][~mask])
+
+
 def test_mask_file_round_trip(path):
     _, masks = a_state_dict()
     bitmap.write_masks(path, masks)

@@ -243,7 +243,21 @@ def test_weights_of_another_model_are_refused(bert, tmp_path):
         ("[]", "must hold an object"),
         ('{"architecture": "resnet999", "pretrained_cfg": {}}', "no architecture 'resnet999'"),
         ('{"architecture": "resnet18", "pretrained_cfg": 3}', "does not describe a timm model"),
+        ('{"architecture": ["resnet18"], "pretrained_cfg": {}}', "no architecture"),
+        ('{"architecture": "resnet18", "pretrained_cfg": {"no_such": 1}}', "no_such"),
+        ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"depth": 1}}', "depth"),
+        ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": [1]}', "does not describe a timm model"),
+        (
+            '{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"checkpoint_path": "/etc/passwd"}}',
+            "model_args may not hold 'checkpoint_path'",
+        ),
+        (
+            '{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"pretrained_strict": false}}',
+            "model_args may not hold 'pretrained_strict'",
+        ),
         ('{"model_type": "no_such_type"}', "no_such_type"),
+        ('{"model_type": "bert", "hidden_size": "wide"}', "hidden_size"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "evil.Config"}}', "contains custom code"),
         ("{}", "config.json"),
     ],
 )
