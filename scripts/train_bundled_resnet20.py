@@ -198,6 +198,25 @@ def match_front(model: nn.Module, source: CifarResNet, data: Split, args: argpar
         print(f"front {epoch + 1:3d}  unexplained variance {np.mean(losses):.4f}", flush=True)
 
 
+@torch.no_grad()
+def calibrate_shortcuts(model: nn.Module, data: Split, args: argparse.Namespace) -> None:
+    """Make the BatchNorms of the copied shortcuts the identity in training too, where batch statistics count."""
+    images = enlarge(normalise(augment(data[0][:512])), args.pixels)
+    shortcuts = (model.layer2[0].downsample[1], model.layer3[0].downsample[1])
+
+    def become_identity(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
+        for statistic, value in ((norm.running_mean, mean), (norm.running_var, variance), (norm.bias, mean)):
+            statistic.copy_(value)
+        norm.weight.copy_((variance + norm.eps).sqrt())
+
+    hooks = [norm.register_forward_pre_hook(become_identity) for norm in shortcuts]
+    model.eval()(images)
+    model.train()
+    for hook in hooks:
+        hook.remove()
+
+
 def batches(split: Split, size: int) -> Iterator[Split]:
     images, labels = split
     order = torch.randperm(len(images))
@@ -335,6 +354,7 @@ def main() -> None:
         source = load_cifar_resnet(args.init)
         start_from(model, source)
         match_front(model, source, data["train"], args)
+        calibrate_shortcuts(model, data["train"], args)
         print(f"initialised: {accuracy(model, data['test'], args.pixels):.2%} of the test images", flush=True)
     teacher = load_cifar_resnet(args.teacher) if args.teacher else None
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data['train'][0]):,} training images")
