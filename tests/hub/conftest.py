@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, running_hub
 
+import sparse_ft
+
+PACKAGE_PARENT = str(Path(sparse_ft.__file__).parents[1])  # the clients are to use the package under test
+
 
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
@@ -25,9 +29,10 @@ def run_client(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
     def run(code: str, *, token: str | None = "write", home: str = "home", **environment: str) -> str:
         tokens = {} if token == "write" else {"token": token}
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PACKAGE_PARENT}
         result = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code)],
-            env=clean | {"OMP_NUM_THREADS": "1"} | hub.environment(tmp_path / home, **tokens) | environment,
+            env=clean | hub.environment(tmp_path / home, **tokens) | environment,
             cwd=tmp_path,
             capture_output=True,
             text=True,
