@@ -42,18 +42,14 @@ inline void keep(vec& v) {
 double fma_peak(double seconds) {
     constexpr int kChains = 10, kRounds = 20000;
     return best_rate(seconds, 2.0 * kChains * kRounds * kLanes, [] {
-        vec acc[kChains] = {};
-        vec a = splat(1.0f + 1e-9f * sink), b = splat(0.5f + 1e-9f * sink);
+        const vec a = splat(1.0f + 1e-9f * sink), b = splat(0.5f + 1e-9f * sink);
+        vec c0 = b, c1 = b, c2 = b, c3 = b, c4 = b, c5 = b, c6 = b, c7 = b, c8 = b, c9 = b;
         for (int i = 0; i < kRounds; ++i) {
-#pragma GCC unroll 10
-            for (int k = 0; k < kChains; ++k) {
-                acc[k] = acc[k] * a + b;
-                keep(acc[k]);
-            }
+            c0 = c0 * a + b, c1 = c1 * a + b, c2 = c2 * a + b, c3 = c3 * a + b, c4 = c4 * a + b;
+            c5 = c5 * a + b, c6 = c6 * a + b, c7 = c7 * a + b, c8 = c8 * a + b, c9 = c9 * a + b;
+            keep(c0), keep(c1), keep(c2), keep(c3), keep(c4), keep(c5), keep(c6), keep(c7), keep(c8), keep(c9);
         }
-        vec total = {};
-        for (int k = 0; k < kChains; ++k) total += acc[k];
-        sink = sum(total) * 0.0f;
+        sink = sum(((c0 + c1) + (c2 + c3)) + ((c4 + c5) + (c6 + c7)) + (c8 + c9)) * 0.0f;
     });
 }
 

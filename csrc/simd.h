@@ -89,25 +89,29 @@ inline void transpose8(vec8* r) {
     }
 }
 
-// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < cols. Eight columns at a time over
-// all rows, so that the written lines are filled while they are in the first cache.
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < cols. Sixteen columns at a time over all
+// rows: a read line is used whole at once, which matters where the row stride puts all rows into one cache set.
 inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
                       int64_t cols) {
-    int64_t j = 0;
-    for (; j + 8 <= cols; j += 8) {
+    constexpr int64_t kStrip = 16;
+    for (int64_t strip = 0; strip < cols; strip += kStrip) {
+        const int64_t end = strip + kStrip < cols ? strip + kStrip : cols;
         int64_t i = 0;
         for (; i + 8 <= rows; i += 8) {
-            vec8 block[8];
-            for (int k = 0; k < 8; ++k)
-                block[k] = *reinterpret_cast<const vec8_u*>(from + (i + k) * from_stride + j);
-            transpose8(block);
-            for (int k = 0; k < 8; ++k) *reinterpret_cast<vec8_u*>(to + (j + k) * to_stride + i) = block[k];
+            int64_t j = strip;
+            for (; j + 8 <= end; j += 8) {
+                vec8 block[8];
+                for (int k = 0; k < 8; ++k)
+                    block[k] = *reinterpret_cast<const vec8_u*>(from + (i + k) * from_stride + j);
+                transpose8(block);
+                for (int k = 0; k < 8; ++k) *reinterpret_cast<vec8_u*>(to + (j + k) * to_stride + i) = block[k];
+            }
+            for (; j < end; ++j)
+                for (int k = 0; k < 8; ++k) to[j * to_stride + i + k] = from[(i + k) * from_stride + j];
         }
         for (; i < rows; ++i)
-            for (int k = 0; k < 8; ++k) to[(j + k) * to_stride + i] = from[i * from_stride + j + k];
+            for (int64_t j = strip; j < end; ++j) to[j * to_stride + i] = from[i * from_stride + j];
     }
-    for (; j < cols; ++j)
-        for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * from_stride + j];
 }
 
 }  // namespace SPARSE_FT_ISA
