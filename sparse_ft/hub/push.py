@@ -36,7 +36,7 @@ def push_to_hub(
         repo_id: ``USER/NAME``, or ``NAME`` for the user of the token.
         private: For a new repository; None takes the account's default.
         revision: Branch to upload to, made if it does not exist; None is the main branch.
-        create_pr: Open a pull request instead of committing to the branch.
+        create_pr: Open a pull request against the main branch instead of committing to it.
         token: Hub token with the write permission; None uses the one of the login.
         commit_message: First line of the commit.
         **save_options: For a model: options of `save_pretrained`, such as `metrics` or `card`.
@@ -47,6 +47,8 @@ def push_to_hub(
     Raises:
         ModelError: The folder has no model, there is no token, or the Hub refuses; one line says what to do.
     """
+    if create_pr and revision is not None:
+        raise ModelError("give revision or create_pr, not both: a pull request is against the main branch")
     if isinstance(model_or_dir, nn.Module):
         api, repo_id = _connect(repo_id, token)
         save_options["card"] = {"model_id": repo_id, **(save_options.get("card") or {})}

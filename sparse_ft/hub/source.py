@@ -78,7 +78,7 @@ def _checked_folder(path: Path) -> Path:
         )
     files = [file.relative_to(path).as_posix() for file in path.iterdir()]
     if "config.json" not in files:
-        checkpoints = sorted(fnmatch.filter(files, "checkpoint-*"))
+        checkpoints = sorted(fnmatch.filter(files, "checkpoint-*"), key=lambda name: (len(name), name))
         hint = f"; did you mean {str(path / checkpoints[-1])!r}?" if checkpoints else ""
         raise ModelError(f"model folder {str(path)!r} has no config.json{hint}")
     if not (any(file in files for file in WEIGHT_FILES) or (path / COMPACT_FILE).is_file()):

@@ -114,6 +114,8 @@ def test_push_needs_a_model_and_a_token(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="metrics: only for a model"):
         push_to_hub(tmp_path, "user/model", metrics={})
+    with pytest.raises(ModelError, match="revision or create_pr, not both"):
+        push_to_hub(tmp_path, "user/model", revision="tuned", create_pr=True)
     monkeypatch.setattr(push, "get_token", lambda: None)
     with pytest.raises(ModelError, match="needs a Hub token: log in with `hf auth login` or set HF_TOKEN"):
         push_to_hub(tmp_path, "user/model")

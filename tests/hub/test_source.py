@@ -39,7 +39,7 @@ def test_timm_architecture():
     ("files", "message"),
     [
         ([], "has no config.json"),
-        (["checkpoint-20/config.json"], r"did you mean '.*checkpoint-20'"),
+        (["checkpoint-20/config.json", "checkpoint-100/config.json"], r"did you mean '.*checkpoint-100'"),
         (["config.json"], "has no weights"),
         (["config.json", "training_args.bin"], "has no weights"),
         (["config.json", "pytorch_model.bin"], r"only pickled weights \(pytorch_model.bin\).*save them again"),
