@@ -179,7 +179,7 @@ class SparseTrainer(Trainer):
         if chosen is None and args.process_index == 0:
             self.conversion_report = convert(
                 model,
-                self._example_inputs(),
+                self.example_inputs(),
                 policy=args.sparse_policy,
                 ignore=args.sparse_ignore or (),
                 **options,
@@ -195,7 +195,7 @@ class SparseTrainer(Trainer):
         if missing:
             self.conversion_report = convert(model, layers=missing, **options)
 
-    def _example_inputs(self) -> Any:
+    def example_inputs(self) -> Any:
         """The first training batch, as the model takes it; the dataset is read once more for it."""
         dataset: Any = self.train_dataset
         collator = self.data_collator
@@ -222,7 +222,7 @@ class SparseTrainer(Trainer):
             or self.compute_loss_func is not None
         ):
             return
-        inputs = self._example_inputs()
+        inputs = self.example_inputs()
         if "labels" not in inputs:
             return
         training = model.training

@@ -56,7 +56,9 @@ class ImageSpec:
         return len(self.mean)
 
 
-def image_spec(model: nn.Module, processor: Any = None, image_size: int | None = None) -> ImageSpec:
+def image_spec(
+    model: nn.Module, processor: Any = None, *, image_size: int | None = None, glyphs: bool = False
+) -> ImageSpec:
     """Reads the wanted images off a model and its image processor.
 
     Args:
@@ -64,9 +66,10 @@ def image_spec(model: nn.Module, processor: Any = None, image_size: int | None =
         processor: image processor of a transformers model; without one the model's config and ImageNet's
             normalisation are used.
         image_size: another side length in pixels, for models that take images of any size.
+        glyphs: the images are characters that fill their frame: nothing is cut off at the border.
     """
     config = getattr(model, "config", None)
-    pretrained_cfg = getattr(model, "pretrained_cfg", None) or getattr(config, "pretrained_cfg", None)
+    pretrained_cfg = _pretrained_cfg(model)
     if pretrained_cfg:
         spec = _timm_spec(pretrained_cfg)
     elif processor is not None and getattr(processor, "size", None):
@@ -75,7 +78,26 @@ def image_spec(model: nn.Module, processor: Any = None, image_size: int | None =
         spec = _config_spec(config)
     if image_size is not None:
         spec = replace(spec, height=image_size, width=image_size)
-    return spec
+    return replace(spec, crop_pct=None) if glyphs else spec
+
+
+def record_spec(model: nn.Module, processor: Any, spec: ImageSpec) -> None:
+    """Writes size and crop into the model's own description, so that a saved model is used as it was evaluated."""
+    pretrained_cfg = _pretrained_cfg(model)
+    if pretrained_cfg:
+        pretrained_cfg["input_size"] = (spec.channels, *spec.size)
+        pretrained_cfg["crop_mode"] = "squash" if spec.crop_pct is None else "center"
+        pretrained_cfg["crop_pct"] = 1.0 if spec.crop_pct is None else spec.crop_pct
+    elif processor is not None and spec.crop_pct is None:
+        processor.size = {"height": spec.height, "width": spec.width}
+        processor.do_center_crop = False
+
+
+def _pretrained_cfg(model: nn.Module) -> dict[str, Any] | None:
+    """How timm describes the model, which its wrapper keeps in its config."""
+    config = getattr(model, "config", None)
+    found: Any = getattr(model, "pretrained_cfg", None) or getattr(config, "pretrained_cfg", None)
+    return found
 
 
 def _timm_spec(pretrained_cfg: Any) -> ImageSpec:
@@ -131,7 +153,7 @@ def train_transform(spec: ImageSpec, augment: Augment, glyphs: bool = False) -> 
     """
     level = "light" if augment == "auto" else augment
     if level == "none":
-        return eval_transform(spec, glyphs)
+        return eval_transform(spec)
     steps: list[nn.Module] = [
         v2.RandomResizedCrop(
             spec.size, CROP_SCALE[level], CROP_RATIO[level], InterpolationMode(spec.interpolation), antialias=True
@@ -142,10 +164,10 @@ def train_transform(spec: ImageSpec, augment: Augment, glyphs: bool = False) -> 
     return v2.Compose([*steps, *_to_tensor(spec)])
 
 
-def eval_transform(spec: ImageSpec, glyphs: bool = False) -> Callable[[Image.Image], Tensor]:
-    """Builds the transform for evaluation images: resize, cut out the centre (not for `glyphs`), normalise."""
+def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], Tensor]:
+    """Builds the transform for evaluation images: resize, cut out the centre, normalise."""
     interpolation = InterpolationMode(spec.interpolation)
-    if spec.crop_pct is None or glyphs:
+    if spec.crop_pct is None:
         steps: list[nn.Module] = [v2.Resize(spec.size, interpolation, antialias=True)]
     else:
         shorter = math.floor(min(spec.size) / spec.crop_pct)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import DataError
-from .images import Augment, ImageDataset, collate_images, eval_transform, image_spec, train_transform
+from .images import Augment, ImageDataset, collate_images, eval_transform, image_spec, record_spec, train_transform
 from .load import Data
 from .texts import ensure_pad_token, resolve_length, tokenize_for_classification, tokenize_for_generation
 
@@ -45,7 +45,7 @@ def prepare(
     max_length: int | None = None,
     seed: int = 42,
 ) -> PreparedData:
-    """Fits `data` to `model`.
+    """Fits `data` to `model`, and records in the model's description how images are sized and cut.
 
     Args:
         data: from `load_data`.
@@ -72,12 +72,13 @@ def _prepare_images(
 ) -> PreparedData:
     column = data.columns.image
     assert column is not None
-    spec = image_spec(model, processor, image_size)
+    spec = image_spec(model, processor, image_size=image_size, glyphs=data.glyphs)
+    record_spec(model, processor, spec)
     return PreparedData(
         train=ImageDataset(
             data.train, column, train_transform(spec, augment, data.glyphs), channels=spec.channels, seed=seed
         ),
-        eval=ImageDataset(data.eval, column, eval_transform(spec, data.glyphs), channels=spec.channels),
+        eval=ImageDataset(data.eval, column, eval_transform(spec), channels=spec.channels),
         collator=collate_images,
         processor=processor,
         compute_metrics=accuracy,

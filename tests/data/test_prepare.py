@@ -48,6 +48,13 @@ def test_spec_of_a_timm_model(resnet):
     assert image_spec(resnet, image_size=32).size == (32, 32)
 
 
+def test_size_and_crop_are_recorded_in_the_model(resnet):
+    prepare(load_data("digits"), resnet, image_size=32)
+    stock = timm.data.resolve_model_data_config(resnet)
+    assert (stock["input_size"], stock["crop_mode"], stock["crop_pct"]) == ((3, 32, 32), "squash", 1.0)
+    assert image_spec(resnet) == ImageSpec(32, 32, crop_pct=None)
+
+
 def test_spec_of_a_one_channel_timm_model():
     model = timm.create_model("resnet18", in_chans=1)
     assert image_spec(model).channels == model.pretrained_cfg["input_size"][0]
@@ -117,7 +124,7 @@ def test_without_augmentation_training_images_are_evaluation_images(resnet):
     data = load_data("digits", max_train_samples=4)
     none = prepare(data, resnet, image_size=16, augment="none").train
     none.set_epoch(3)
-    assert torch.equal(none[0]["pixel_values"], eval_transform(ImageSpec(16, 16), glyphs=True)(none._read(0)))
+    assert torch.equal(none[0]["pixel_values"], eval_transform(ImageSpec(16, 16, crop_pct=None))(none._read(0)))
 
 
 def test_image_batch(resnet):

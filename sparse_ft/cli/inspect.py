@@ -1,0 +1,125 @@
+"""`sparse-ft inspect`: sparsity by layer, and what runs natively."""
+
+import argparse
+import html
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_ft.cli import options
+
+if TYPE_CHECKING:
+    from sparse_ft.convert import ConversionReport
+    from sparse_ft.masks import SparsityReport
+
+EXAMPLES = """  sparse-ft inspect out/resnet18-90
+  sparse-ft inspect out/resnet18-90 --measure
+  sparse-ft inspect resnet20-cifar10 --html report.html --plot sparsity.png
+  sparse-ft inspect user/sparse-bert --json"""
+
+HEADERS = ["layer", "kind", "shape", "nonzeros", "weights", "sparsity", "runs", "why"]
+STYLE = """
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem; }
+table { border-collapse: collapse; }
+td, th { padding: 0.2rem 0.8rem; border-bottom: 1px solid #ddd; text-align: left; }
+"""
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    parser = options.make_parser(
+        prog,
+        "Show the sparsity of each layer, whether it can run on the native sparse kernels, and why not.",
+        EXAMPLES,
+    )
+    options.add_model_options(parser, positional=True)
+    parser.add_argument(
+        "--min-sparsity", type=options.fraction, default=0.5, help="layers with a smaller share of zeros stay dense"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="time each layer, and count as native what is faster than dense here"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write the table as a web page")
+    parser.add_argument("--plot", metavar="FILE", help="draw the sparsity by layer (png, svg or pdf)")
+    options.add_json_option(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    import sparse_ft
+    from sparse_ft.cli.models import example_batch, load_dense
+
+    with options.figures_only(args.json) as out:
+        model = load_dense(args)
+        report = sparse_ft.sparsity(model)
+        if args.plot:
+            report.plot(args.plot)
+        conversion = sparse_ft.convert(
+            model,
+            example_batch(model, 16) if args.measure else None,
+            policy="auto" if args.measure else "always",
+            min_sparsity=args.min_sparsity,
+        )
+        inspection = Inspection(args.model, report, conversion)
+        if args.html:
+            inspection.write_html(args.html)
+        options.print_result(out, inspection, args.json)
+
+
+class Inspection:
+    """Sparsity and conversion of the same layers, side by side."""
+
+    def __init__(self, model: str, report: "SparsityReport", conversion: "ConversionReport"):
+        self.model = model
+        self.report = report
+        self.conversion = {layer.name: layer for layer in conversion.layers}
+
+    @property
+    def native(self) -> list[str]:
+        return [name for name, layer in self.conversion.items() if layer.converted]
+
+    def to_dict(self) -> dict[str, Any]:
+        content = self.report.to_dict()
+        for layer in content["layers"]:
+            conversion = self.conversion.get(layer["name"])
+            layer["native"] = conversion is not None and conversion.converted
+            layer["reason"] = self._reason(layer["name"])
+            layer["dense_ms"] = None if conversion is None else conversion.dense_ms
+            layer["sparse_ms"] = None if conversion is None else conversion.sparse_ms
+        return {"model": self.model, "native_layers": len(self.native), **content}
+
+    def _reason(self, name: str) -> str:
+        conversion = self.conversion.get(name)
+        return "its weight is not a plain parameter" if conversion is None else conversion.reason
+
+    def _rows(self) -> list[list[str]]:
+        rows = []
+        for layer in self.report.layers:
+            runs = "native" if layer.name in self.native else "dense"
+            why = self._reason(layer.name) if runs == "native" else layer.note or self._reason(layer.name)
+            shape = "x".join(map(str, layer.shape))
+            count = [f"{layer.nnz:,}", f"{layer.numel:,}", f"{layer.sparsity:.2%}"]
+            rows.append([layer.name, layer.kind, shape, *count, runs, why])
+        return rows
+
+    def _total(self) -> list[str]:
+        count = [f"{self.report.nnz:,}", f"{self.report.numel:,}", f"{self.report.overall:.2%}"]
+        return ["total", "", "", *count, f"{len(self.native)} native", ""]
+
+    def __str__(self) -> str:
+        from sparse_ft.tables import format_table
+
+        return format_table(HEADERS, self._rows(), footer=self._total())
+
+    def write_html(self, path: str | Path) -> None:
+        """Writes a page that needs nothing beside it. Names come from checkpoints of strangers: they are escaped."""
+
+        def row(cells: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        title = html.escape(f"Sparsity of {self.model}")
+        body = "\n".join(row(cells, "td") for cells in self._rows())
+        Path(path).write_text(
+            f"<!doctype html>\n<meta charset='utf-8'>\n<title>{title}</title>\n<style>{STYLE}</style>\n"
+            f"<h1>{title}</h1>\n<table>\n<thead>{row(HEADERS, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n"
+            f"<tfoot>{row(self._total(), 'th')}</tfoot>\n</table>\n",
+            encoding="utf-8",
+        )

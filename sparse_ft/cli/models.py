@@ -1,0 +1,51 @@
+"""Models for commands that do not train: loaded dense, with inputs to run them on."""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.hub import load_model, resolve
+
+
+def load_dense(args: argparse.Namespace) -> nn.Module:
+    """The model that the options name, in dense form with its zeros."""
+    return load_model(args.model, pretrained=args.pretrained, revision=args.revision)
+
+
+def processor_beside(args: argparse.Namespace) -> Any:
+    """Tokenizer or image processor of the model's folder, to be saved along; None if there is none."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    folder = resolve(args.model, pretrained=args.pretrained, revision=args.revision).folder
+    if folder is None:
+        return None
+    if (folder / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(folder)
+    if (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    return None
+
+
+def example_batch(
+    model: nn.Module, batch_size: int, *, image_size: int | None = None, seq_len: int | None = None
+) -> dict[str, Tensor] | Tensor:
+    """A random batch of the model's own input shape.
+
+    Args:
+        image_size: side length in pixels instead of the model's own.
+        seq_len: tokens instead of 128 (or the model's limit, where that is less).
+    """
+    from sparse_ft.data.images import image_spec
+
+    generator = torch.Generator().manual_seed(0)
+    config: Any = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None:
+        spec = image_spec(model, image_size=image_size)
+        images = torch.randn(batch_size, spec.channels, *spec.size, generator=generator)
+        return images if config is None else {"pixel_values": images}
+    length = seq_len or min(128, getattr(config, "max_position_embeddings", None) or 128)
+    tokens = torch.randint(0, vocabulary, (batch_size, length), generator=generator)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

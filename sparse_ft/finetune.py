@@ -1,0 +1,256 @@
+"""Sparse fine-tuning from a model's name and a dataset to a finished folder."""
+
+import math
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from sparse_ft.bench import StepComparison, compare_steps
+from sparse_ft.data import Data, PreparedData, Task, prepare
+from sparse_ft.data.images import Augment
+from sparse_ft.hub import ModelError, load_model, resolve
+from sparse_ft.masks import sparsity
+from sparse_ft.nn import SparseModule
+from sparse_ft.trainer import SparseTrainer
+from sparse_ft.training_args import SparseTrainingArguments
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, and from where.
+
+    Attributes:
+        name: bundled name, folder, `timm/ARCHITECTURE` or Hub id, see `sparse_ft.from_pretrained`.
+        pretrained: for `timm/ARCHITECTURE`: timm's default weights instead of random ones.
+        revision: branch, tag or commit on the Hub.
+        token: Hub token; None uses the login's.
+    """
+
+    name: str
+    pretrained: bool = False
+    revision: str | None = None
+    token: str | None = None
+
+
+def load_for_training(choice: ModelChoice, data: Data) -> tuple[nn.Module, Any]:
+    """Loads the model with a head for the data's classes, and its processor (None for timm models).
+
+    The model is dense and has its zeros; `SparseTrainer` converts it. A timm model comes in transformers' wrapper.
+
+    Raises:
+        ModelError: the model is not there, not for this task, or a text model without tokenizer.
+    """
+    model = load_model(
+        choice.name,
+        label_names=data.label_names or None,
+        task=data.task,
+        for_trainer=True,
+        pretrained=choice.pretrained,
+        revision=choice.revision,
+        token=choice.token,
+    )
+    return model, load_processor(choice, data.task)
+
+
+def load_processor(choice: ModelChoice, task: Task) -> Any:
+    """Loads the tokenizer or image processor that lies beside the model; None for images where there is none.
+
+    Raises:
+        ModelError: a text model comes without tokenizer.
+    """
+    folder = resolve(choice.name, revision=choice.revision, token=choice.token, pretrained=choice.pretrained).folder
+    if task == "image-classification":
+        known = folder is not None and (folder / "preprocessor_config.json").is_file()
+        return AutoImageProcessor.from_pretrained(folder) if known else None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"model {choice.name!r} comes without a tokenizer, which {task} needs") from error
+
+
+def default_learning_rate(model: nn.Module) -> float:
+    """Learning rate for AdamW: 1e-3 where convolutions prevail, 1e-4 where matrices do (transformers)."""
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    matrices = sum(isinstance(module, nn.Linear) for module in model.modules())
+    return 1e-3 if convolutions > matrices else 1e-4
+
+
+def make_trainer(
+    model: nn.Module, prepared: PreparedData, args: SparseTrainingArguments, *, card: dict[str, Any] | None = None
+) -> SparseTrainer:
+    """The trainer for prepared data, with its metrics."""
+    return SparseTrainer(
+        model,
+        args,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
+        data_collator=prepared.collator,
+        processing_class=prepared.processor,
+        compute_metrics=prepared.compute_metrics,
+        preprocess_logits_for_metrics=prepared.preprocess_logits,
+        card=card,
+    )
+
+
+@dataclass
+class FinetuneResult:
+    """What a run did; `str()` is the closing table, `to_dict()` the same for programs.
+
+    Attributes:
+        native_layers, pruned_layers: how many layers run natively, and how many have zeros.
+        sparsity_before, sparsity_after: share of zeros over all layers that can be pruned, 0..1.
+        metrics_before: evaluation before training, if `eval_on_start` asked for it.
+        metrics_after: evaluation of the saved model.
+        train: epochs, steps, seconds and mean loss.
+        steps: one training step dense against sparse on a real batch; None with the reason in `steps_note`.
+        files: what was written, relative to `output_dir`.
+    """
+
+    model: str
+    dataset: str
+    task: str
+    output_dir: str
+    native_layers: int
+    pruned_layers: int
+    sparsity_before: float
+    sparsity_after: float
+    metrics_before: dict[str, float] | None
+    metrics_after: dict[str, float]
+    train: dict[str, float]
+    steps: StepComparison | None
+    steps_note: str = ""
+    files: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "steps": None if self.steps is None else self.steps.to_dict()}
+
+    def __str__(self) -> str:
+        rows = {
+            "model": f"{self.model} on {self.dataset} ({self.task})",
+            "layers": f"{self.native_layers} of {self.pruned_layers} pruned layers run on the sparse kernels",
+            "sparsity": f"{self.sparsity_before:.2%} before, {self.sparsity_after:.2%} after",
+            **self._metric_rows(),
+            "training": "{epochs:g} epochs, {steps:.0f} steps, {seconds:.1f} s, loss {loss:.4g}".format(**self.train),
+            "step": self.steps_note if self.steps is None else str(self.steps).removeprefix("training step: "),
+            "files": f"{self.output_dir}: {', '.join(self.files)}",
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+    def _metric_rows(self) -> dict[str, str]:
+        before = self.metrics_before or {}
+        return {
+            name: (f"{before[name]:.4f} before, " if name in before else "") + f"{value:.4f} after"
+            for name, value in self.metrics_after.items()
+        }
+
+
+def finetune(
+    choice: ModelChoice,
+    data: Data,
+    args: SparseTrainingArguments,
+    *,
+    augment: Augment = "auto",
+    image_size: int | None = None,
+    max_length: int | None = None,
+    resume: str | bool | None = None,
+    compare: bool = True,
+) -> FinetuneResult:
+    """Trains, evaluates and saves; `args.output_dir` then holds the model, its card, figures and the report.
+
+    Args:
+        args: `learning_rate=None` takes `default_learning_rate`.
+        augment, image_size, max_length: see `sparse_ft.data.prepare`.
+        resume: a checkpoint folder, or True for the last one in `args.output_dir`.
+        compare: time one training step dense against sparse at the end.
+
+    Raises:
+        DataError, ModelError, CheckpointError: one line says what is wrong and what to do.
+        TrainingInterrupted: on Ctrl-C, after a checkpoint has been saved.
+    """
+    model, processor = load_for_training(choice, data)
+    if args.learning_rate is None:
+        args.learning_rate = default_learning_rate(model)
+    prepared = prepare(
+        data, model, processor, augment=augment, image_size=image_size, max_length=max_length, seed=args.seed
+    )
+    trainer = make_trainer(model, prepared, args, card=_card(choice, data))
+    for note in [*data.notes, *prepared.notes]:
+        trainer.announce(note)
+    before = sparsity(model)
+    output = trainer.train(resume_from_checkpoint=resume)
+    evaluation = trainer.evaluate()
+    trainer.save_metrics("train", output.metrics, combined=False)
+    trainer.save_metrics("eval", evaluation, combined=False)
+    trainer.save_model()
+    native = [name for name, layer in model.named_modules() if isinstance(layer, SparseModule)]
+    steps, note = None, "not compared"
+    if compare:
+        steps, note = _compare(trainer, bool(native))
+    start = next((e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == 0), None)
+    result = FinetuneResult(
+        model=choice.name,
+        dataset=data.name,
+        task=data.task,
+        output_dir=str(args.output_dir),
+        native_layers=len([name for name in native if f"{name}.weight" in trainer.masks]),
+        pruned_layers=len(trainer.masks),
+        sparsity_before=before.overall,
+        sparsity_after=sparsity(model).overall,
+        metrics_before=None if start is None else _figures(start),
+        metrics_after=_figures(evaluation),
+        train={
+            "epochs": float(trainer.state.epoch or 0),
+            "steps": float(trainer.state.global_step),
+            "seconds": output.metrics["train_runtime"],
+            "loss": output.training_loss,
+        },
+        steps=steps,
+        steps_note=note,
+    )
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    result.files = sorted(
+        path.name for path in Path(result.output_dir).iterdir() if path.is_file() and not path.name.startswith("_")
+    )
+    return result
+
+
+def _compare(trainer: SparseTrainer, any_native: bool) -> tuple[StepComparison | None, str]:
+    if not any_native:
+        return None, "no layer runs sparse: the step is the dense one"
+    if trainer.args.device.type != "cpu":
+        return None, "compared on CPUs only"
+    optimizer = "sgd" if isinstance(getattr(trainer.optimizer, "optimizer", None), torch.optim.SGD) else "adamw"
+    return compare_steps(trainer.model, trainer.example_inputs(), optimizer=optimizer), ""
+
+
+def _figures(evaluation: dict[str, float]) -> dict[str, float]:
+    """Loss and quality without the timings; perplexity where the loss is all there is (language modelling)."""
+    figures = {
+        name.removeprefix("eval_"): value
+        for name, value in evaluation.items()
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
+    }
+    if set(figures) == {"loss"}:
+        figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
+    return dict(sorted(figures.items()))
+
+
+def _card(choice: ModelChoice, data: Data) -> dict[str, Any]:
+    source = resolve(choice.name, revision=choice.revision, token=choice.token, pretrained=choice.pretrained)
+    card: dict[str, Any] = {"dataset_name": Path(data.name).name}
+    if source.hub_id is not None:
+        card["base_model"] = source.hub_id
+    return card
+
+
+def discard_earlier_run(folder: Path) -> None:
+    """Removes the checkpoints of an earlier run, which a new one must not be resumed from."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
