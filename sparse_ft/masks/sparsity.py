@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.atomic import replacing
 from sparse_ft.tables import format_table
 
 from .names import weight_name
@@ -113,7 +114,8 @@ class SparsityReport:
         axes.set_xlabel("zero weights, %")
         axes.set_title(f"sparsity {self.overall:.2%}: {self.nnz:,} of {self.numel:,} weights are nonzero", fontsize=10)
         axes.grid(axis="x", alpha=0.3)
-        figure.savefig(path, dpi=150)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
 
     def _totals(self) -> list[str]:
         note = f"{self.overall_pruned:.2%} in the layers with zeros" if self.nnz < self.numel else ""
