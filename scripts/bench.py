@@ -140,7 +140,9 @@ def measure_layers(sparsities: list[float]) -> dict:
         results["products"].append({"layer": f"linear {LINEAR[0]}→{LINEAR[1]}", "sparsity": sparsity,
                                     **linear_products(sparsity)})  # fmt: skip
         for spec in RESNET18:
-            results["products"].append({"layer": conv_name(spec), "sparsity": sparsity, **conv_products(spec, sparsity)})
+            results["products"].append(
+                {"layer": conv_name(spec), "sparsity": sparsity, **conv_products(spec, sparsity)}
+            )
     return results
 
 

@@ -5,11 +5,6 @@ The network is one that stock timm builds: `resnet18` with three stages of three
 timm's stem reduces the image fourfold, so the 32-pixel images are enlarged to 128 and the stages see the 32-, 16- and
 8-pixel maps of the CIFAR ResNet-20 (He et al. 2016). The pruning schedule is the cubic one of Zhu and Gupta 2017
 (arXiv 1710.01878).
-
-`--init` starts the residual blocks from a CIFAR ResNet-20 and fits the stem to them, `--teacher` distils a CIFAR
-ResNet (Hinton et al. 2015, arXiv 1503.02531); both are state dicts of github.com/akamaster/pytorch_resnet_cifar10.
-They make up for a training set that is only a part of CIFAR-10. Without them the script trains from scratch on the
-labels.
 """
 
 import argparse
@@ -48,10 +43,6 @@ def parse_args() -> argparse.Namespace:
         help="folder with train.parquet and test.parquet, or a dataset id (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist yet")
-    parser.add_argument("--init", type=Path, help="state dict of a CIFAR ResNet-20 to start from")
-    parser.add_argument("--init-epochs", type=int, default=6, help="to fit the stem in front of the copied blocks")
-    parser.add_argument("--init-lr", type=float, default=3e-3)
-    parser.add_argument("--teacher", type=Path, help="state dict of a CIFAR ResNet to distil")
     parser.add_argument("--epochs", type=int, default=60, help="in all phases together (default: %(default)s)")
     parser.add_argument("--dense", type=float, default=0.35, help="share of the epochs before pruning")
     parser.add_argument("--pruning", type=float, default=0.35, help="share of the epochs in which sparsity rises")
@@ -63,8 +54,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of the dense phase")
     parser.add_argument("--sparse-lr", type=float, default=0.05, help="peak learning rate from pruning on")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--temperature", type=float, default=4.0, help="of the distillation")
-    parser.add_argument("--hardness", type=float, default=0.9, help="weight of the distillation against the labels")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the activations in training")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
@@ -108,113 +97,6 @@ def normalise(images: Tensor) -> Tensor:
 def enlarge(images: Tensor, pixels: int) -> Tensor:
     large = F.interpolate(images, size=(pixels, pixels), mode="bilinear", align_corners=False)
     return large.contiguous(memory_format=torch.channels_last)
-
-
-class CifarBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride = outputs // inputs
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1:
-            missing = (y.shape[1] - x.shape[1]) // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, missing, missing))
-        return F.relu(x + y)
-
-
-class CifarResNet(nn.Module):
-    """ResNet of 6n + 2 layers with parameter-free shortcuts (He et al. 2016, section 4.2, option A)."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        for stage, (inputs, outputs) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
-            widths = [inputs] + [outputs] * blocks
-            self.add_module(f"layer{stage}", nn.Sequential(*map(CifarBlock, widths[:-1], widths[1:])))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-def load_cifar_resnet(path: Path) -> CifarResNet:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
-    model = CifarResNet(sum(name.startswith("layer1.") and name.endswith("conv1.weight") for name in state))
-    model.load_state_dict(state)
-    return model.eval().to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def start_from(model: nn.Module, source: CifarResNet) -> None:
-    """Copy every layer that has a counterpart; the stem and the first convolution behind it have none."""
-    state = model.state_dict()
-    for name, value in source.state_dict().items():
-        if name.startswith("layer") and state[name].shape == value.shape:
-            state[name].copy_(value)
-    state["fc.weight"].copy_(source.linear.weight)
-    state["fc.bias"].copy_(source.linear.bias)
-    for stage in ("layer2", "layer3"):
-        # Option A as a 1x1 convolution: the inputs become the middle channels, the others stay zero. A little noise
-        # lets magnitude pruning and training tell the zeros apart.
-        shortcut = state[f"{stage}.0.downsample.0.weight"]
-        outputs, inputs = shortcut.shape[:2]
-        shortcut.normal_(std=0.01)
-        shortcut[(outputs - inputs) // 2 : (outputs + inputs) // 2, :, 0, 0] += torch.eye(inputs)
-
-
-def match_front(model: nn.Module, source: CifarResNet, data: Split, args: argparse.Namespace) -> None:
-    """Fit the layers that `start_from` could not copy: the stem and first block imitate those of the source.
-
-    The maps behind the first block are the target, a value per pixel and channel: far more to learn from, per image,
-    than ten logits, and the copied blocks are not disturbed by what a random stem feeds them.
-    """
-    front = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool, model.layer1[0])
-    optimizer = torch.optim.AdamW(front.parameters(), args.init_lr, weight_decay=0.0)
-    steps = args.init_epochs * (len(data[0]) // args.batch_size)
-    step = 0
-    for epoch in range(args.init_epochs):
-        losses = []
-        for images, _ in batches(data, args.batch_size):
-            optimizer.param_groups[0]["lr"] = cosine(step / steps, args.init_lr)
-            small = normalise(augment(images))
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.precision == "bf16"):
-                with torch.no_grad():
-                    target = source.layer1[0](F.relu(source.bn1(source.conv1(small)))).float()
-                loss = F.mse_loss(front(enlarge(small, args.pixels)).float(), target) / target.var()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            step += 1
-        print(f"front {epoch + 1:3d}  unexplained variance {np.mean(losses):.4f}", flush=True)
-
-
-@torch.no_grad()
-def calibrate_shortcuts(model: nn.Module, data: Split, args: argparse.Namespace) -> None:
-    """Make the BatchNorms of the copied shortcuts the identity in training too, where batch statistics count."""
-    images = enlarge(normalise(augment(data[0][:512])), args.pixels)
-    shortcuts = (model.layer2[0].downsample[1], model.layer3[0].downsample[1])
-
-    def become_identity(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-        variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
-        for statistic, value in ((norm.running_mean, mean), (norm.running_var, variance), (norm.bias, mean)):
-            statistic.copy_(value)
-        norm.weight.copy_((variance + norm.eps).sqrt())
-
-    hooks = [norm.register_forward_pre_hook(become_identity) for norm in shortcuts]
-    model.eval()(images)
-    model.train()
-    for hook in hooks:
-        hook.remove()
 
 
 def batches(split: Split, size: int) -> Iterator[Split]:
@@ -261,7 +143,7 @@ def cosine(progress: float, peak: float, warmup: float = 0.05) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def train(model: nn.Module, teacher: nn.Module | None, data: dict[str, Split], args: argparse.Namespace) -> dict:
+def train(model: nn.Module, data: dict[str, Split], args: argparse.Namespace) -> dict:
     steps_per_epoch = len(data["train"][0]) // args.batch_size
     steps = args.epochs * steps_per_epoch
     prune_start, prune_end = round(args.dense * steps), round((args.dense + args.pruning) * steps)
@@ -291,14 +173,7 @@ def train(model: nn.Module, teacher: nn.Module | None, data: dict[str, Split], a
             small = normalise(augment(images))
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.precision == "bf16"):
                 logits = model(enlarge(small, args.pixels)).float()
-                with torch.no_grad():
-                    target = None if teacher is None else teacher(small).float()
             loss = F.cross_entropy(logits, labels)
-            if target is not None:
-                heat = args.temperature
-                student, wanted = F.log_softmax(logits / heat, 1), F.log_softmax(target / heat, 1)
-                distillation = heat**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
-                loss = args.hardness * distillation + (1 - args.hardness) * loss
             optimizer.zero_grad()
             loss.backward()
             masks.apply_to_gradients()
@@ -332,7 +207,7 @@ def save(model: nn.Module, label_names: list[str], results: dict, args: argparse
         model = model.to(memory_format=torch.contiguous_format)
         save_for_hf(model, stage, {"label_names": label_names}, model_args=MODEL_ARGS, safe_serialization=True)
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        for name in ("data", "init", "teacher", "output"):  # file names, not the paths of this machine
+        for name in ("data", "output"):  # file names, not the paths of this machine
             options[name] = options[name] and Path(options[name]).name
         (stage / "train_results.json").write_text(json.dumps(results | {"options": options}, indent=2) + "\n")
         stage.rename(args.output)
@@ -350,15 +225,8 @@ def main() -> None:
     data, label_names = load_splits(args.data)
     model = timm.create_model(ARCHITECTURE, num_classes=len(label_names), **MODEL_ARGS)
     model = model.to(memory_format=torch.channels_last)
-    if args.init:
-        source = load_cifar_resnet(args.init)
-        start_from(model, source)
-        match_front(model, source, data["train"], args)
-        calibrate_shortcuts(model, data["train"], args)
-        print(f"initialised: {accuracy(model, data['test'], args.pixels):.2%} of the test images", flush=True)
-    teacher = load_cifar_resnet(args.teacher) if args.teacher else None
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data['train'][0]):,} training images")
-    results = train(model, teacher, data, args)
+    results = train(model, data, args)
     print(sparsity(model))
     save(model, label_names, results, args)
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.nn import SparseModule, is_transformers_conv1d
+
 from . import budgets
 from .budgets import SCOPES, check_sparsity
 from .names import PATTERN_PREFIX, match_names
@@ -19,7 +21,7 @@ from .structures import (
     parse_structure,
     to_canonical,
 )
-from .targets import AUTO, is_sparse_module, is_transformers_conv1d, prunable_layers, typed_layers
+from .targets import AUTO, prunable_layers, typed_layers
 
 DEFAULT_SPARSITY = 0.95
 
@@ -101,7 +103,7 @@ def compute_masks(
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}; choose from {', '.join(SCOPES)}")
     wanted = _check_sparsities(layers, sparsity, form, structure)
-    native = [name for name, layer in layers.items() if is_sparse_module(layer)]
+    native = [name for name, layer in layers.items() if isinstance(layer, SparseModule)]
     if native:
         raise ValueError(
             f"layer {native[0]!r} is a native sparse layer, whose pattern is fixed: "

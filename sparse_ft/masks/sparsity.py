@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.atomic import replacing
+from sparse_ft.nn import SparseModule
 from sparse_ft.tables import format_table
 
 from .names import weight_name
-from .targets import dense_shape, is_sparse_module, prunable_layers, typed_layers
+from .targets import dense_shape, prunable_layers, typed_layers
 
 _HEADERS = ["layer", "kind", "shape", "nonzeros", "weights", "sparsity", "note"]
 
@@ -159,7 +160,7 @@ def mask_state(model: nn.Module) -> dict[str, Tensor]:
     """
     masks: dict[str, Tensor] = {}
     for name, layer in typed_layers(model).items():
-        if is_sparse_module(layer):
+        if isinstance(layer, SparseModule):
             masks[weight_name(name)] = cast(Any, layer).mask()
             continue
         weight = layer._parameters.get("weight")

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from sparse_ft.nn import SparseModule, is_transformers_conv1d
+
 from .names import match_names
 
 AUTO = "auto"
@@ -39,19 +41,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def is_transformers_conv1d(module: nn.Module) -> bool:
-    """Whether this is the linear layer of GPT-2 and its kin, which stores its weight as (in, out)."""
-    return _is_of(module, "transformers.pytorch_utils", "Conv1D")
-
-
-def is_sparse_module(module: nn.Module) -> bool:
-    """Whether this is a native sparse layer (`sparse_ft.nn.SparseModule`), which holds only the nonzeros."""
-    return _is_of(module, "sparse_ft.nn.module", "SparseModule")
-
-
 def dense_shape(module: nn.Module) -> torch.Size:
     """Shape of a layer's weight in the state dict, which of a native sparse layer is not that of its parameter."""
-    shape = module.dense_shape if is_sparse_module(module) else module.weight.shape
+    shape = module.dense_shape if isinstance(module, SparseModule) else module.weight.shape
     assert isinstance(shape, torch.Size)
     return shape
 
@@ -64,9 +56,7 @@ def _is_of(obj: object, library: str, name: str) -> bool:
 
 def has_prunable_type(module: nn.Module) -> bool:
     """Whether this is a Linear, Conv1d, Conv2d, Conv3d, transformers Conv1D or SparseModule."""
-    return (
-        isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_transformers_conv1d(module) or is_sparse_module(module)
-    )
+    return isinstance(module, (nn.Linear, *_CONVOLUTIONS, SparseModule)) or is_transformers_conv1d(module)
 
 
 def typed_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -199,7 +189,7 @@ def _timm_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_convolution(layer: nn.Module) -> bool:
-    if is_sparse_module(layer):
+    if isinstance(layer, SparseModule):
         return len(dense_shape(layer)) > 2
     return isinstance(layer, _CONVOLUTIONS)
 
