@@ -44,8 +44,9 @@ void check(const Convolution& c) {
     require(c.weight[1] * c.weight[2] * c.weight[3] <= INT32_MAX, "a row of the weight is too long for 32-bit indices");
     for (int i = 0; i < 2; ++i)
         require(c.stride[i] >= 1 && c.stride[i] <= 64 && c.dilation[i] >= 1 && c.dilation[i] <= (1 << 20) &&
-                    c.padding[i] >= 0 && c.padding[i] <= (1 << 20),
-                "stride, padding or dilation is out of range");
+                    c.dilation[i] * c.weight[size_t(2 + i)] <= (1 << 20) && c.padding[i] >= 0 &&
+                    c.padding[i] <= (1 << 20),
+                "stride, padding, dilation or dilation times kernel size is out of range");
 }
 
 std::vector<int32_t> forward_taps(const Convolution& c, int axis) {

@@ -112,6 +112,12 @@ inline void pack_panel(const Tiling& t, const Tile& tile, const Geometry& g, con
     }
 }
 
+// Null, or what is wrong with the first and the last row pointer: entries outside them would be left out.
+inline const char* check_ends(int32_t first, int32_t last, int64_t nnz) {
+    return first == 0 && last == nnz ? nullptr
+                                     : "row pointers do not start at 0 and end at the number of nonzeros";
+}
+
 // Panel offset of every entry of one plane, checked on the way: a malformed pattern is found here,
 // before any kernel reads through it.
 struct OffsetTable {

@@ -70,6 +70,7 @@ class SampledProduct {
     }
 
     const char* run() {
+        if (const char* text = check_ends(p.row_ptr[0], p.row_ptr[rows], q.nnz)) return text;
         std::atomic<const char*> problem{nullptr};
 #pragma omp parallel num_threads(q.threads)
         {

@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "api.h"
@@ -47,6 +48,8 @@ struct Axis {
 };
 
 struct Tiling {
+    static constexpr int64_t kMaxChannelFloats = int64_t(1) << 28;  // and so offsets fit in 32 bits
+
     Axis y, x;
     int64_t lanes, cols, rows;         // of a full tile
     int64_t panel_cols, panel_rows;    // per phase
@@ -80,6 +83,8 @@ struct Tiling {
         column_stride = lanes;
         row_stride = std::max<int64_t>(x.phase_count(), 1) * panel_cols * lanes;
         channel_stride = std::max<int64_t>(y.phase_count(), 1) * panel_rows * row_stride;
+        if (channel_stride > kMaxChannelFloats)
+            throw std::length_error("dilation times kernel size is too large: one channel of a tile takes over a gigabyte");
         const int64_t fit = std::max<int64_t>(1, budget / 4 / std::max<int64_t>(channel_stride, 1));
         if (fit >= channels) {
             block_channels = channels;

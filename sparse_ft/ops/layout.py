@@ -7,7 +7,7 @@ Every tap of a kernel is then a shift by whole runs of N samples, and a channel 
 import torch
 from torch import Tensor
 
-CONTIGUOUS, CHANNELS_LAST, BATCH_LAST = 0, 1, 2
+LAYOUTS = CONTIGUOUS, CHANNELS_LAST, BATCH_LAST = 0, 1, 2
 
 
 def batch_last_strides(shape) -> tuple[int, int, int, int]:

@@ -1,6 +1,7 @@
 """The native backend: float32 on CPU. Turns tensors into addresses; allocates what the kernels fill."""
 
 import functools
+import math
 import os
 
 import torch  # before the native core, which then shares torch's OpenMP runtime
@@ -63,7 +64,10 @@ def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tenso
     """Index tensors [row_ptr, col, t_row_ptr, t_col, perm] and float32 values of a dense weight, on CPU."""
     shape, stride = conv[0], conv[1]
     rows, cols = shape[0], shape[1] * shape[2] * shape[3]
-    weight = weight.detach().to("cpu", torch.float32).contiguous()
+    weight = weight.detach().to("cpu")
+    if mask is None and weight.dtype == torch.float64:  # a tiny nonzero may be zero in float32
+        mask = weight != 0
+    weight = weight.to(torch.float32).contiguous()
     mask = None if mask is None else mask.to("cpu", torch.bool).contiguous()
     threads = _threads()
     nnz = (
@@ -72,7 +76,9 @@ def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tenso
         else _native.count_true(mask.data_ptr(), mask.numel(), threads)
     )
     if nnz >= 2**31:
-        raise ValueError(f"a sparse weight holds at most 2**31 - 1 nonzeros, this one of shape {tuple(shape)} has {nnz}")
+        raise ValueError(
+            f"a sparse weight holds at most 2**31 - 1 nonzeros, this one of shape {tuple(shape)} has {nnz}"
+        )
     row_ptr = torch.empty(rows + 1, dtype=torch.int32)
     col, t_col, perm = (torch.empty(nnz, dtype=torch.int32) for _ in range(3))
     t_row_ptr = torch.empty(stride[0] * stride[1] * shape[1] * conv[4] + 1, dtype=torch.int32)
@@ -85,23 +91,6 @@ def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tenso
         perm.data_ptr(),
     )  # fmt: skip
     return [row_ptr, col, t_row_ptr, t_col, perm], values
-
-
-def check_pattern(pattern: list[Tensor], nnz: int, rows: int, t_rows: int) -> None:
-    """Sizes and types of the index tensors; their contents are checked by the core as it reads them."""
-    row_ptr, col, t_row_ptr, t_col, perm = pattern
-    for name, tensor, size in (
-        ("row_ptr", row_ptr, rows + 1),
-        ("col", col, nnz),
-        ("t_row_ptr", t_row_ptr, t_rows + 1),
-        ("t_col", t_col, nnz),
-        ("perm", perm, nnz),
-    ):
-        if tensor.dtype != torch.int32 or tensor.numel() != size or not tensor.is_contiguous():
-            raise ValueError(
-                f"malformed sparse pattern: {name} must be {size} contiguous int32, "
-                f"got {tensor.numel()} of {tensor.dtype}"
-            )
 
 
 class _Activations:
@@ -188,7 +177,7 @@ _UNIT = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation, groups of a li
 
 def _tokens(x: Tensor, features: int) -> tuple[Tensor, tuple, tuple]:
     """Token-major (T, features) as an activation of T samples and one position."""
-    x = x.reshape(-1, features).contiguous()
+    x = x.reshape(math.prod(x.shape[:-1]), features).contiguous()
     return x, (x.shape[0], features, 1, 1), (features, 1, 0, 0)
 
 

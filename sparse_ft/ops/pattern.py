@@ -66,6 +66,8 @@ class SparsePattern(nn.Module):
         )
         tensors = [tensor.to(weight.device) for tensor in tensors]
         pattern = cls(tensors, shape, tuple(stride), tuple(padding), tuple(dilation), groups)
+        if weight.dtype == torch.float64:  # the core's float32 would round them
+            return pattern, pattern.from_dense(weight.detach())
         return pattern, values.to(weight.device, weight.dtype)
 
     @property

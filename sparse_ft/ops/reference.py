@@ -58,23 +58,33 @@ def linear_weight_grad(grad, x, pattern, in_features, out_features) -> Tensor:
     return dense.reshape(-1)[flat_index(pattern[0], pattern[1], (out_features, in_features, 1, 1))]
 
 
+_PER_CHANNEL = (1, -1, 1, 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In torch's own accumulation type: float64 stays, everything else is summed in float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def batch_norm(x, weight, bias, mean, variance, eps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if mean is None:
-        # torch's own accumulation type: float64 stays, everything else is summed in float32
-        wide = x if x.dtype == torch.float64 else x.float()
-        variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+        variance, mean = torch.var_mean(_wide(x), dim=(0, 2, 3), correction=0)
     rstd = torch.rsqrt(variance + eps)
-    y = F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), weight, bias, False, 0.0, eps)
-    return y, mean.clone(), rstd, variance.clone()
+    y = (_wide(x) - mean.view(_PER_CHANNEL)) * rstd.view(_PER_CHANNEL)
+    if weight is not None:
+        y = y * weight.view(_PER_CHANNEL)
+    if bias is not None:
+        y = y + bias.view(_PER_CHANNEL)
+    return y.to(x.dtype), mean.clone(), rstd, variance.clone()
 
 
 def batch_norm_backward(grad, x, weight, mean, rstd, training) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (1, -1, 1, 1)
-    xhat = (x - mean.view(shape)) * rstd.view(shape)
-    grad_bias, grad_weight = grad.sum((0, 2, 3)), (grad * xhat).sum((0, 2, 3))
+    wide = _wide(grad)
+    xhat = (_wide(x) - mean.view(_PER_CHANNEL)) * rstd.view(_PER_CHANNEL)
+    grad_bias, grad_weight = wide.sum((0, 2, 3)), (wide * xhat).sum((0, 2, 3))
     scale = rstd if weight is None else rstd * weight
-    inner = grad
     if training:
         count = x.numel() // x.shape[1]
-        inner = grad - (grad_bias.view(shape) + xhat * grad_weight.view(shape)) / count
-    return inner * scale.view(shape), grad_weight, grad_bias
+        wide = wide - (grad_bias.view(_PER_CHANNEL) + xhat * grad_weight.view(_PER_CHANNEL)) / count
+    grad_x = (wide * scale.view(_PER_CHANNEL)).to(x.dtype)
+    return grad_x, grad_weight.to(mean.dtype), grad_bias.to(mean.dtype)

@@ -12,12 +12,23 @@
 Source of the three products: SparseProp (Nikdan et al., ICML 2023, arXiv 2302.04852).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from sparse_ft.ops import native, reference
+from sparse_ft.ops.checks import (
+    check_channels,
+    check_features,
+    check_geometry,
+    check_image,
+    check_layout,
+    check_same_shape,
+    check_weight,
+)
 from sparse_ft.ops.layout import BATCH_LAST, empty, is_batch_last, layout_of
-from sparse_ft.ops.native import check_pattern, native_reason
+from sparse_ft.ops.native import native_reason
 
 _library = torch.library.Library("sparse_ft", "DEF")
 _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
@@ -45,6 +56,8 @@ def _nnz(pattern: list[Tensor]) -> int:
 
 def conv2d_output_shape(x_shape, weight_shape, stride, padding, dilation, groups) -> tuple[int, int, int, int]:
     """(N, O, OH, OW) of a convolution; ValueError where the sizes do not fit."""
+    check_image("the input", x_shape)
+    check_geometry(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
     n, c, h, w = x_shape
     if c != weight_shape[1] * groups:
         raise ValueError(f"the convolution takes {weight_shape[1] * groups} channels, the input has {c}")
@@ -56,10 +69,17 @@ def conv2d_output_shape(x_shape, weight_shape, stride, padding, dilation, groups
     return n, weight_shape[0], oh, ow
 
 
-def _check_conv(pattern, values, weight_shape, stride, groups) -> None:
-    if values.numel() != _nnz(pattern):
-        raise ValueError(f"the pattern has {_nnz(pattern)} positions, the weight {values.numel()} values")
-    check_pattern(pattern, values.numel(), weight_shape[0], stride[0] * stride[1] * weight_shape[1] * groups)
+def _check_linear(pattern, values, bias, in_features, out_features) -> None:
+    check_weight(pattern, values, bias, out_features, in_features)
+
+
+def _check_conv2d(pattern, values, bias, weight_shape, stride, groups) -> None:
+    t_rows = stride[0] * stride[1] * weight_shape[1] * groups
+    check_weight(pattern, values, bias, weight_shape[0], t_rows)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _batch_last(x: Tensor) -> Tensor:
@@ -70,21 +90,21 @@ def _batch_last(x: Tensor) -> Tensor:
 
 
 def _linear(x, values, bias, pattern, in_features, out_features):
-    if x.shape[-1] != in_features:
-        raise ValueError(f"the layer takes {in_features} features, the input has {x.shape[-1]}")
+    check_features("the input", x, in_features)
+    _check_linear(pattern, values, bias, in_features, out_features)
     if native_reason(x, values, bias):
         return reference.linear(x, values, bias, pattern, in_features, out_features)
-    _check_conv(pattern, values, (out_features, in_features), (1, 1), 1)
     out = x.new_empty(*x.shape[:-1], out_features)
     if out.numel():
-        native.linear(x, values.contiguous(), bias, pattern, in_features, out_features, out)
+        native.linear(x, values.contiguous(), _contiguous(bias), pattern, in_features, out_features, out)
     return out
 
 
 def _linear_input_grad(grad, values, pattern, in_features, out_features):
+    check_features("the gradient", grad, out_features)
+    _check_linear(pattern, values, None, in_features, out_features)
     if native_reason(grad, values):
         return reference.linear_input_grad(grad, values, pattern, in_features, out_features)
-    _check_conv(pattern, values, (out_features, in_features), (1, 1), 1)
     grad_x = grad.new_empty(*grad.shape[:-1], in_features)
     if grad_x.numel():
         native.linear_input_grad(grad, values.contiguous(), pattern, in_features, out_features, grad_x)
@@ -92,10 +112,12 @@ def _linear_input_grad(grad, values, pattern, in_features, out_features):
 
 
 def _linear_weight_grad(grad, x, pattern, in_features, out_features):
+    check_features("the input", x, in_features)
+    check_same_shape("the gradient", grad, (*x.shape[:-1], out_features))
+    _check_linear(pattern, None, None, in_features, out_features)
     if native_reason(grad, x):
         return reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
     value_grad = grad.new_zeros(_nnz(pattern))
-    _check_conv(pattern, value_grad, (out_features, in_features), (1, 1), 1)
     if grad.numel() and x.numel():
         native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad)
     return value_grad
@@ -104,20 +126,21 @@ def _linear_weight_grad(grad, x, pattern, in_features, out_features):
 def _conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups):
     conv = (weight_shape, stride, padding, dilation, groups)
     shape = conv2d_output_shape(x.shape, *conv)
+    _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
     if native_reason(x, values, bias):
         return _batch_last(reference.conv2d(x, values, bias, pattern, *conv))
-    _check_conv(pattern, values, weight_shape, stride, groups)
     out = empty(shape, BATCH_LAST, x)
     if out.numel():
-        native.conv2d(x, values.contiguous(), bias, pattern, *conv, out)
+        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out)
     return out
 
 
 def _conv2d_input_grad(grad, values, pattern, weight_shape, stride, padding, dilation, groups, input_shape):
     conv = (weight_shape, stride, padding, dilation, groups)
+    check_same_shape("the gradient", grad, conv2d_output_shape(input_shape, *conv))
+    _check_conv2d(pattern, values, None, weight_shape, stride, groups)
     if native_reason(grad, values):
         return _batch_last(reference.conv2d_input_grad(grad, values, pattern, *conv, input_shape))
-    _check_conv(pattern, values, weight_shape, stride, groups)
     grad_x = empty(input_shape, BATCH_LAST, grad)
     if grad_x.numel():
         native.conv2d_input_grad(grad, values.contiguous(), pattern, *conv, grad_x)
@@ -126,16 +149,22 @@ def _conv2d_input_grad(grad, values, pattern, weight_shape, stride, padding, dil
 
 def _conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilation, groups):
     conv = (weight_shape, stride, padding, dilation, groups)
+    check_same_shape("the gradient", grad, conv2d_output_shape(x.shape, *conv))
+    _check_conv2d(pattern, None, None, weight_shape, stride, groups)
     if native_reason(grad, x):
         return reference.conv2d_weight_grad(grad, x, pattern, *conv)
     value_grad = grad.new_zeros(_nnz(pattern))
-    _check_conv(pattern, value_grad, weight_shape, stride, groups)
     if grad.numel() and x.numel():
         native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad)
     return value_grad
 
 
 def _batch_norm(x, weight, bias, mean, variance, eps):
+    check_image("the input", x.shape)
+    for name, tensor in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", variance)):
+        check_channels(name, tensor, x.shape[1])
+    if (mean is None) != (variance is None):
+        raise ValueError("batch_norm takes mean and variance together, or neither")
     if native_reason(x, weight, bias, mean, variance) or x.numel() == 0:
         y, mean, rstd, variance = reference.batch_norm(x, weight, bias, mean, variance, eps)
         return _batch_last(y), mean, rstd, variance
@@ -144,20 +173,33 @@ def _batch_norm(x, weight, bias, mean, variance, eps):
     if training:
         mean, rstd, variance = (x.new_empty(x.shape[1]) for _ in range(3))
     else:
-        mean, rstd, variance = mean.clone(), torch.rsqrt(variance + eps), variance.clone()
-    native.batch_norm(x, weight, bias, mean, rstd, training, eps, y, variance)
+        # Outputs of their own, and contiguous ones.
+        mean, variance = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (mean, variance))
+        rstd = torch.rsqrt(variance + eps)
+    native.batch_norm(x, _contiguous(weight), _contiguous(bias), mean, rstd, training, eps, y, variance)
     return y, mean, rstd, variance
 
 
 def _batch_norm_backward(grad, x, weight, mean, rstd, training):
+    check_image("the input", x.shape)
+    check_same_shape("the gradient", grad, x.shape)
+    for name, tensor in (("weight", weight), ("mean", mean), ("rstd", rstd)):
+        check_channels(name, tensor, x.shape[1])
     if native_reason(grad, x, weight, mean, rstd) or x.numel() == 0:
         grad_x, grad_weight, grad_bias = reference.batch_norm_backward(grad, x, weight, mean, rstd, training)
         return _batch_last(grad_x), grad_weight, grad_bias
     grad, x = native.as_batch_last(grad), native.as_batch_last(x)
+    weight, mean, rstd = _contiguous(weight), mean.contiguous(), rstd.contiguous()
     grad_x = empty(x.shape, BATCH_LAST, x)
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     native.batch_norm_backward(grad, x, weight, mean, rstd, training, grad_x, grad_weight, grad_bias)
     return grad_x, grad_weight, grad_bias
+
+
+def _to_layout(x, layout):
+    check_image("the input", x.shape)
+    check_layout(layout)
+    return native.to_layout(x, layout)
 
 
 _IMPLEMENTATIONS = {
@@ -169,7 +211,7 @@ _IMPLEMENTATIONS = {
     "conv2d_weight_grad": _conv2d_weight_grad,
     "batch_norm": _batch_norm,
     "batch_norm_backward": _batch_norm_backward,
-    "to_layout": native.to_layout,
+    "to_layout": _to_layout,
 }
 for _name, _function in _IMPLEMENTATIONS.items():
     for _key in ("CPU", "CUDA", "MPS"):
@@ -230,6 +272,10 @@ def _(x, layout):
 # ---- gradients -------------------------------------------------------------------------------------
 
 
+def _like(gradient: Tensor, values: Tensor) -> Tensor:
+    return gradient.to(values.dtype).view_as(values)
+
+
 def _weight_setup(ctx, inputs, output):
     x, values, bias, pattern, *geometry = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *pattern)
@@ -242,9 +288,9 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.sparse_ft.linear_input_grad(grad, values, pattern, *ctx.geometry)
     if ctx.needs_input_grad[1]:
-        grad_values = torch.ops.sparse_ft.linear_weight_grad(grad, x, pattern, *ctx.geometry).to(values.dtype).view_as(values)
+        grad_values = _like(torch.ops.sparse_ft.linear_weight_grad(grad, x, pattern, *ctx.geometry), values)
     if ctx.bias_dtype and ctx.needs_input_grad[2]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        grad_bias = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
     return grad_x, grad_values, grad_bias, [None] * len(pattern), None, None
 
 
@@ -254,22 +300,21 @@ def _conv2d_backward(ctx, grad):
     if not is_batch_last(grad):
         grad = torch.ops.sparse_ft.to_layout(grad, BATCH_LAST)
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.sparse_ft.conv2d_input_grad(
-            grad, values, pattern, *ctx.geometry, list(ctx.input_shape)
-        )
+        grad_x = torch.ops.sparse_ft.conv2d_input_grad(grad, values, pattern, *ctx.geometry, list(ctx.input_shape))
     if ctx.needs_input_grad[1]:
-        grad_values = torch.ops.sparse_ft.conv2d_weight_grad(grad, x, pattern, *ctx.geometry).to(values.dtype).view_as(values)
+        grad_values = _like(torch.ops.sparse_ft.conv2d_weight_grad(grad, x, pattern, *ctx.geometry), values)
     if ctx.bias_dtype and ctx.needs_input_grad[2]:
         grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
     return grad_x, grad_values, grad_bias, [None] * len(pattern), *[None] * len(ctx.geometry)
 
 
 def _batch_norm_setup(ctx, inputs, output):
-    x, weight, _, mean, _, _ = inputs
+    x, weight, bias, mean, _, _ = inputs
     _, used_mean, rstd, _ = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, weight, used_mean, rstd)
     ctx.training = mean is None
+    ctx.weight_dtype, ctx.bias_dtype = (None if p is None else p.dtype for p in (weight, bias))
 
 
 def _batch_norm_grad(ctx, grad, *_):
@@ -278,7 +323,14 @@ def _batch_norm_grad(ctx, grad, *_):
         grad, x, weight, mean, rstd, ctx.training
     )
     needs = ctx.needs_input_grad
-    return grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None, None, None, None
+    return (
+        grad_x,
+        grad_weight.to(ctx.weight_dtype) if needs[1] else None,
+        grad_bias.to(ctx.bias_dtype) if needs[2] else None,
+        None,
+        None,
+        None,
+    )
 
 
 def _to_layout_setup(ctx, inputs, output):
@@ -289,11 +341,25 @@ def _to_layout_backward(ctx, grad):
     return (grad if layout_of(grad) == ctx.layout else torch.ops.sparse_ft.to_layout(grad, ctx.layout)), None
 
 
-torch.library.register_autograd("sparse_ft::linear", _linear_backward, setup_context=_weight_setup, lib=_library)
-torch.library.register_autograd("sparse_ft::conv2d", _conv2d_backward, setup_context=_weight_setup, lib=_library)
-torch.library.register_autograd(
-    "sparse_ft::batch_norm", _batch_norm_grad, setup_context=_batch_norm_setup, lib=_library
-)
-torch.library.register_autograd(
-    "sparse_ft::to_layout", _to_layout_backward, setup_context=_to_layout_setup, lib=_library
-)
+def _no_setup(ctx, inputs, output):
+    pass
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "sparse layers have no second derivative; to differentiate twice, use the dense model (sparse_ft.to_dense)"
+    )
+
+
+for _name, _backward, _setup in (
+    ("linear", _linear_backward, _weight_setup),
+    ("conv2d", _conv2d_backward, _weight_setup),
+    ("batch_norm", _batch_norm_grad, _batch_norm_setup),
+    ("to_layout", _to_layout_backward, _to_layout_setup),
+    *(
+        (name, _no_second_derivative, _no_setup)
+        for name in _IMPLEMENTATIONS
+        if name.endswith(("_grad", "_backward"))
+    ),
+):
+    torch.library.register_autograd(f"sparse_ft::{_name}", _backward, setup_context=_setup, lib=_library)
