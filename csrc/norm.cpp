@@ -39,7 +39,7 @@ inline vec load_some(const float* p, int count) {
     return v;
 }
 
-struct Moments {  // sums of x - shift and (x - shift)^2: the shift keeps the subtraction below exact
+struct Moments {  // sums of x - shift and (x - shift)^2; a shift near the mean keeps their difference exact
     const float* x;
     vec shift;
     void operator()(int64_t i, vec& a, vec& b) const {
@@ -76,8 +76,11 @@ void norm_forward(const Norm& q) {
     for (int64_t c = 0; c < q.channels; ++c) {
         const float* x = q.x + c * q.size;
         if (q.training) {
-            const float shift = x[0];
+            // Near the mean is the mean of a beginning. One element would not do: it may be an outlier.
+            const int64_t beginning = q.size < kChunk ? q.size : kChunk;
             double a, b;
+            two_sums(beginning, Moments{x, splat(0.0f)}, &a, &b);
+            const float shift = float(a / double(beginning));
             two_sums(q.size, Moments{x, splat(shift)}, &a, &b);
             const double mean = a / double(q.size), variance = b / double(q.size) - mean * mean;
             const double kept = variance > 0 ? variance : (variance <= 0 ? 0.0 : variance);  // NaN stays NaN
@@ -105,16 +108,19 @@ void norm_backward(const Norm& q) {
         if (q.grad_weight) q.grad_weight[c] = float(sum_gx * rstd);
         if (q.grad_bias) q.grad_bias[c] = float(sum_g);
         if (q.grad_x == nullptr) continue;
-        // dx = scale * g - through_x * (x - mean) - through_mean
         const float scale = rstd * (q.weight ? q.weight[c] : 1.0f);
-        float through_x = 0, through_mean = 0;
-        if (q.training) {
-            through_mean = float(scale * sum_g / double(q.size));
-            through_x = float(double(scale) * rstd * rstd * sum_gx / double(q.size));
-        }
-        const vec scale_v = splat(scale), x_v = splat(through_x), mean_v = splat(mean), m_v = splat(through_mean);
+        const vec scale_v = splat(scale);
         float* to = q.grad_x + c * q.size;
         int64_t i = 0;
+        if (!q.training) {  // x takes no part, whatever it is
+            for (; i + kLanes <= q.size; i += kLanes) store(to + i, load(grad + i) * scale_v);
+            for (; i < q.size; ++i) to[i] = grad[i] * scale;
+            continue;
+        }
+        // dx = scale * g - through_x * (x - mean) - through_mean
+        const float through_mean = float(scale * sum_g / double(q.size));
+        const float through_x = float(double(scale) * rstd * rstd * sum_gx / double(q.size));
+        const vec x_v = splat(through_x), mean_v = splat(mean), m_v = splat(through_mean);
         for (; i + kLanes <= q.size; i += kLanes)
             store(to + i, load(grad + i) * scale_v - (load(x + i) - mean_v) * x_v - m_v);
         for (; i < q.size; ++i) to[i] = grad[i] * scale - (x[i] - mean) * through_x - through_mean;
