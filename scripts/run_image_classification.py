@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from sparse_ft import SparseTrainingArguments
 from sparse_ft.data import load_data, prepare
-from sparse_ft.finetune import ModelChoice, load_for_training, make_trainer
+from sparse_ft.finetune import ModelChoice, card_entries, load_for_training, make_trainer
 
 
 @dataclass
@@ -83,7 +83,7 @@ def main() -> None:
         image_size=data_args.image_size,
         seed=training_args.seed,
     )
-    trainer = make_trainer(model, prepared, training_args)
+    trainer = make_trainer(model, prepared, training_args, card=card_entries(choice, data))
     for note in data.notes:
         trainer.announce(note)
 
@@ -98,7 +98,7 @@ def main() -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if training_args.push_to_hub:
-        trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, dataset=data.name)
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from sparse_ft import SparseTrainingArguments
 from sparse_ft.data import load_data, prepare
-from sparse_ft.finetune import ModelChoice, load_for_training, make_trainer
+from sparse_ft.finetune import ModelChoice, card_entries, load_for_training, make_trainer
 
 
 @dataclass
@@ -71,7 +71,7 @@ def main() -> None:
     choice = ModelChoice(model_args.model_name_or_path, revision=model_args.model_revision, token=model_args.token)
     model, processor = load_for_training(choice, data)
     prepared = prepare(data, model, processor, max_length=data_args.max_seq_length)
-    trainer = make_trainer(model, prepared, training_args)
+    trainer = make_trainer(model, prepared, training_args, card=card_entries(choice, data))
     for note in [*data.notes, *prepared.notes]:
         trainer.announce(note)
 
@@ -91,7 +91,7 @@ def main() -> None:
         rows = "\n".join(f"{row}\t{name}" for row, name in enumerate(names))
         Path(training_args.output_dir, "predict_results.txt").write_text(f"index\tprediction\n{rows}\n")
     if training_args.push_to_hub:
-        trainer.push_to_hub(finetuned_from=model_args.model_name_or_path, dataset=data.name)
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

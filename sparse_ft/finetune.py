@@ -16,6 +16,7 @@ from sparse_ft.data.images import Augment
 from sparse_ft.hub import ModelError, load_model, resolve
 from sparse_ft.masks import sparsity
 from sparse_ft.nn import SparseModule
+from sparse_ft.report import write_report
 from sparse_ft.trainer import SparseTrainer
 from sparse_ft.training_args import SparseTrainingArguments
 
@@ -129,13 +130,20 @@ class FinetuneResult:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "steps": None if self.steps is None else self.steps.to_dict()}
 
-    def __str__(self) -> str:
-        rows = {
-            "model": f"{self.model} on {self.dataset} ({self.task})",
+    def facts(self) -> dict[str, str]:
+        """What the run was, for a person, by label."""
+        return {
+            "model": self.model,
+            "dataset": f"{self.dataset} ({self.task})",
             "layers": f"{self.native_layers} of {self.pruned_layers} pruned layers run on the sparse kernels",
             "sparsity": f"{self.sparsity_before:.2%} before, {self.sparsity_after:.2%} after",
-            **self._metric_rows(),
             "training": "{epochs:g} epochs, {steps:.0f} steps, {seconds:.1f} s, loss {loss:.4g}".format(**self.train),
+        }
+
+    def __str__(self) -> str:
+        rows = {
+            **self.facts(),
+            **self._metric_rows(),
             "step": self.steps_note if self.steps is None else str(self.steps).removeprefix("training step: "),
             "files": f"{self.output_dir}: {', '.join(self.files)}",
         }
@@ -179,7 +187,7 @@ def finetune(
     prepared = prepare(
         data, model, processor, augment=augment, image_size=image_size, max_length=max_length, seed=args.seed
     )
-    trainer = make_trainer(model, prepared, args, card=_card(choice, data))
+    trainer = make_trainer(model, prepared, args, card=card_entries(choice, data))
     for note in [*data.notes, *prepared.notes]:
         trainer.announce(note)
     before = sparsity(model)
@@ -213,6 +221,16 @@ def finetune(
         steps=steps,
         steps_note=note,
     )
+    write_report(
+        Path(result.output_dir) / "report.html",
+        title=f"{Path(choice.name).name} on {Path(data.name).name}",
+        summary=result.facts(),
+        sparsity=sparsity(model),
+        conversion=trainer.conversion_report,
+        history=trainer.state.log_history,
+        comparison=steps,
+        evals=result.metrics_after,
+    )
     if args.push_to_hub:
         trainer.push_to_hub()
     result.files = sorted(
@@ -242,7 +260,8 @@ def _figures(evaluation: dict[str, float]) -> dict[str, float]:
     return dict(sorted(figures.items()))
 
 
-def _card(choice: ModelChoice, data: Data) -> dict[str, Any]:
+def card_entries(choice: ModelChoice, data: Data) -> dict[str, Any]:
+    """What the model card can say of the run's origins."""
     source = resolve(choice.name, revision=choice.revision, token=choice.token, pretrained=choice.pretrained)
     card: dict[str, Any] = {"dataset_name": Path(data.name).name}
     if source.hub_id is not None:

@@ -24,7 +24,8 @@ COMMON = {
     "optim_args", "label_smoothing_factor", "max_grad_norm", "bf16", "seed", "eval_strategy", "eval_steps",
     "eval_on_start", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end",
     "metric_for_best_model", "logging_steps", "dataloader_num_workers", "report_to", "push_to_hub",
-    "hub_model_id", "disable_tqdm", "sparse_policy", "min_sparsity", "sparse_ignore", "keep_freed_memory", "resume_from_checkpoint",
+    "hub_model_id", "disable_tqdm", "sparse_policy", "min_sparsity", "sparse_ignore", "keep_freed_memory",
+    "resume_from_checkpoint",
 }  # fmt: skip
 
 DEFAULTS: dict[str, Any] = {
@@ -80,7 +81,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         if action.dest not in COMMON:
             vars(action)["full_help"] = action.help
             action.help = argparse.SUPPRESS
-    parser.set_defaults(**DEFAULTS, compare=True)
+    # A progress bar in a file is one long line of noise.
+    parser.set_defaults(**DEFAULTS, compare=True, disable_tqdm=not sys.stderr.isatty())
 
     model = parser.add_argument_group("model")
     options.add_model_options(model, positional=False)

@@ -1,8 +1,6 @@
 """`sparse-ft inspect`: sparsity by layer, and what runs natively."""
 
 import argparse
-import html
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_ft.cli import options
@@ -17,11 +15,6 @@ EXAMPLES = """  sparse-ft inspect out/resnet18-90
   sparse-ft inspect user/sparse-bert --json"""
 
 HEADERS = ["layer", "kind", "shape", "nonzeros", "weights", "sparsity", "runs", "why"]
-STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem; }
-table { border-collapse: collapse; }
-td, th { padding: 0.2rem 0.8rem; border-bottom: 1px solid #ddd; text-align: left; }
-"""
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
@@ -46,6 +39,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     import sparse_ft
     from sparse_ft.cli.models import example_batch, load_dense
+    from sparse_ft.report import write_report
 
     with options.figures_only(args.json) as out:
         model = load_dense(args)
@@ -60,7 +54,13 @@ def run(args: argparse.Namespace) -> None:
         )
         inspection = Inspection(args.model, report, conversion)
         if args.html:
-            inspection.write_html(args.html)
+            write_report(
+                args.html,
+                title=f"Sparsity of {args.model}",
+                summary={"model": args.model, "native layers": str(len(inspection.native))},
+                sparsity=report,
+                conversion=conversion,
+            )
         options.print_result(out, inspection, args.json)
 
 
@@ -108,18 +108,3 @@ class Inspection:
         from sparse_ft.tables import format_table
 
         return format_table(HEADERS, self._rows(), footer=self._total())
-
-    def write_html(self, path: str | Path) -> None:
-        """Writes a page that needs nothing beside it. Names come from checkpoints of strangers: they are escaped."""
-
-        def row(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        title = html.escape(f"Sparsity of {self.model}")
-        body = "\n".join(row(cells, "td") for cells in self._rows())
-        Path(path).write_text(
-            f"<!doctype html>\n<meta charset='utf-8'>\n<title>{title}</title>\n<style>{STYLE}</style>\n"
-            f"<h1>{title}</h1>\n<table>\n<thead>{row(HEADERS, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n"
-            f"<tfoot>{row(self._total(), 'th')}</tfoot>\n</table>\n",
-            encoding="utf-8",
-        )

@@ -4,10 +4,14 @@ Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", 
 carries.
 """
 
+import importlib.util
+from pathlib import Path
+
 import datasets
 import numpy as np
 from PIL import Image
 
+from .errors import DataError
 from .splits import stratified_holdout
 
 EVAL_FRACTION = 0.2
@@ -15,15 +19,26 @@ SPLIT_SEED = 0  # the split belongs to the dataset: it is the same whatever seed
 
 
 def load_digits() -> datasets.DatasetDict:
-    """Returns the splits `train` (80 %) and `test` (20 %, stratified), with columns `image` and `label`."""
-    from sklearn.datasets import load_digits as sklearn_digits
+    """Returns the splits `train` (80 %) and `test` (20 %, stratified), with columns `image` and `label`.
 
-    bunch = sklearn_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # the source counts 0..16
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    table = np.loadtxt(_source_file(), delimiter=",")  # 64 pixels counted 0..16, then the digit
+    pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    labels = table[:, -1].astype(int)
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])
     )
-    rows = {"image": [Image.fromarray(image) for image in pixels], "label": bunch.target.tolist()}
+    rows = {"image": [Image.fromarray(image) for image in pixels], "label": labels.tolist()}
     full = datasets.Dataset.from_dict(rows, features=features)
-    train, test = stratified_holdout(bunch.target, EVAL_FRACTION, SPLIT_SEED)
+    train, test = stratified_holdout(labels, EVAL_FRACTION, SPLIT_SEED)
     return datasets.DatasetDict(train=full.select(train), test=full.select(test))
+
+
+def _source_file() -> Path:
+    # Found, not imported: scikit-learn brings an OpenMP runtime of its own, and two in one process share cores badly.
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise DataError("the dataset 'digits' comes with scikit-learn: pip install scikit-learn")
+    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"

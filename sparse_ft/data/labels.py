@@ -28,6 +28,12 @@ def read_labels(splits: Mapping[str, datasets.Dataset], column: str) -> tuple[di
 
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
+        for name in values:
+            other = splits[name].features[column]
+            if other != feature:
+                raise DataError(
+                    f"the classes of the {name} split are {_names(other)}, those of train {_names(feature)}"
+                )
         indices = {name: [int(v) for v in column_values] for name, column_values in values.items()}
     else:
         classes = sorted(set(values["train"]))
@@ -47,6 +53,10 @@ def read_labels(splits: Mapping[str, datasets.Dataset], column: str) -> tuple[di
             f"the train split has one class only ({names[present[0]]!r} in column {column!r}); a classifier needs two"
         )
     return indices, names
+
+
+def _names(feature: object) -> str:
+    return ", ".join(feature.names) if isinstance(feature, datasets.ClassLabel) else "not named"
 
 
 def _unlabelled(values: list) -> bool:

@@ -1,6 +1,6 @@
 """From a dataset's name to labelled splits and the task they are good for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Data:
 
 
 def load_data(
-    name: str,
+    name: str | Mapping[str, str],
     *,
     task: Task | None = None,
     config: str | None = None,
@@ -62,7 +62,8 @@ def load_data(
 
     Args:
         name: a bundled name (`digits`), a folder of images by class, a parquet, csv, json or txt file or a folder of
-            such files named train*, validation*, test*, or a Hub id.
+            such files named train*, validation*, test*, or a Hub id; or a file or folder for each split, as in
+            `{"train": "a.csv", "validation": "b.csv"}`.
         task: one of `TASKS`; by default what the columns suggest.
         config: configuration of a Hub dataset.
         image_column, text_columns, label_column: columns not to be guessed.
@@ -72,6 +73,7 @@ def load_data(
         DataError: the dataset is not found, not readable, or not fit for the task.
     """
     source = open_dataset(name, config)
+    name = name if isinstance(name, str) else ", ".join(name.values())
     if "train" not in source.splits:
         raise DataError(f"dataset {name!r} has no train split; its splits: {', '.join(source.splits)}")
     columns = find_columns(source.splits["train"], task, image=image_column, text=text_columns, label=label_column)

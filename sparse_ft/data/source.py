@@ -1,5 +1,6 @@
 """Where a dataset comes from: bundled, files, a folder of images by class, or the Hub."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,17 +40,21 @@ class Source:
     folder: Path | None = None
 
 
-def open_dataset(name: str, config: str | None = None) -> Source:
+def open_dataset(name: str | Mapping[str, str], config: str | None = None) -> Source:
     """Opens the dataset that `name` stands for.
 
     Args:
         name: a bundled name (`digits`), a file or folder, or a Hub id. `./digits` is a folder even though `digits` is
-            bundled.
+            bundled. A mapping gives a file or folder for each split.
         config: configuration of a Hub dataset, such as `sst2` of `nyu-mll/glue`.
 
     Raises:
         DataError: nothing is found under that name, or it is found and cannot be read.
     """
+    if isinstance(name, Mapping):
+        parts = {split: open_dataset(path) for split, path in name.items()}
+        opened = datasets.DatasetDict({split: part.splits["train"] for split, part in parts.items()})
+        return Source(opened, folder=next(iter(parts.values())).folder)
     if name in BUNDLED:
         return Source(BUNDLED[name]())
     path = Path(name).expanduser()

@@ -51,6 +51,18 @@ def test_folder_of_images_with_splits(tmp_path):
     assert not data.notes
 
 
+def test_a_file_or_folder_for_each_split(tmp_path):
+    train = write_csv(tmp_path / "a.csv", text=["x", "y"] * 4, label=[0, 1] * 4)
+    held_out = write_csv(tmp_path / "b.csv", text=["x"], label=[1])
+    data = load_data({"train": str(train), "validation": str(held_out)})
+    assert (len(data.train), data.eval.labels) == (8, [1])
+    for name, classes in (("c", ("cat", "dog")), ("d", ("cat", "dog")), ("e", ("cat", "cow"))):
+        write_images(tmp_path / name, classes)
+    assert len(load_data({"train": str(tmp_path / "c"), "validation": str(tmp_path / "d")}).eval) == 8
+    with pytest.raises(DataError, match="classes of the validation split are cat, cow, those of train cat, dog"):
+        load_data({"train": str(tmp_path / "c"), "validation": str(tmp_path / "e")})
+
+
 def test_csv_with_a_pair_of_texts(tmp_path):
     write_csv(tmp_path / "train.csv", premise=["a", "b", "c"], hypothesis=["d", "e", "f"], label=["yes", "no", "yes"])
     write_csv(tmp_path / "validation.csv", premise=["a"], hypothesis=["d"], label=["no"])
