@@ -319,9 +319,7 @@ def _batch_norm_setup(ctx, inputs, output):
 
 def _batch_norm_grad(ctx, grad, *_):
     x, weight, mean, rstd = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = torch.ops.sparse_ft.batch_norm_backward(
-        grad, x, weight, mean, rstd, ctx.training
-    )
+    grad_x, grad_weight, grad_bias = torch.ops.sparse_ft.batch_norm_backward(grad, x, weight, mean, rstd, ctx.training)
     needs = ctx.needs_input_grad
     return (
         grad_x,
@@ -356,10 +354,6 @@ for _name, _backward, _setup in (
     ("conv2d", _conv2d_backward, _weight_setup),
     ("batch_norm", _batch_norm_grad, _batch_norm_setup),
     ("to_layout", _to_layout_backward, _to_layout_setup),
-    *(
-        (name, _no_second_derivative, _no_setup)
-        for name in _IMPLEMENTATIONS
-        if name.endswith(("_grad", "_backward"))
-    ),
+    *((name, _no_second_derivative, _no_setup) for name in _IMPLEMENTATIONS if name.endswith(("_grad", "_backward"))),
 ):
     torch.library.register_autograd(f"sparse_ft::{_name}", _backward, setup_context=_setup, lib=_library)

@@ -1,0 +1,131 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import as_stored, expected
+
+from sparse_ft.ops import is_batch_last
+
+EPS = 1e-5
+
+
+def _run(x, weight, bias, statistics, grad):
+    leaves = [None if t is None else t.detach().requires_grad_(True) for t in (x, weight, bias)]
+    y, mean, rstd, variance = torch.ops.sparse_ft.batch_norm(*leaves, *(statistics or (None, None)), EPS)
+    assert is_batch_last(y)
+    y.backward(grad)
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)], (mean, rstd, variance)
+
+
+def _check(x, weight, bias, statistics, grad, storages=("contiguous", "contiguous"), *, rtol=1e-5):
+    got, (mean, rstd, variance) = _run(
+        as_stored(x, storages[0]), weight, bias, statistics, as_stored(grad, storages[1])
+    )
+    training = statistics is None
+    given_statistics = (None, None) if training else tuple(s.double() for s in statistics)
+
+    def norm(x, weight, bias):
+        return F.batch_norm(x, *given_statistics, weight, bias, training, 0.0, EPS)
+
+    want = expected(norm, grad, x, weight, bias)
+    wide = x.double()
+    for a, b in zip(got, want, strict=True):
+        # Rounding is relative to what is summed, which is larger than the sum by up to the square root of the count.
+        scale = max(1.0, float(b.abs().max()) if b.numel() else 1.0) * (1 if a.dim() == 4 else x[:, 0].numel() ** 0.5)
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol * scale)
+    if training:
+        statistics = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), statistics[0].double(), rtol=1e-6, atol=1e-6 * (1 + x.abs().max()))
+    torch.testing.assert_close(variance.double(), statistics[1].double(), rtol=rtol, atol=rtol)
+    torch.testing.assert_close(rstd.double(), (statistics[1].double() + EPS).rsqrt(), rtol=rtol, atol=rtol)
+
+
+STORAGES = st.sampled_from(["contiguous", "channels_last", "batch_last", "strided"])
+
+
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9)).filter(
+        lambda s: s[0] * s[2] * s[3] > 1
+    ),
+    training=st.booleans(),
+    affine=st.sampled_from([(True, True), (True, False), (False, True), (False, False)]),
+    storages=st.tuples(STORAGES, STORAGES),
+    threads=st.sampled_from([1, 1, 2, 3]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60)
+def test_against_float64(isa, shape, training, affine, storages, threads, seed):
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(seed)
+    channels = shape[1]
+    weight, bias = (torch.randn(channels, generator=generator) if has else None for has in affine)
+    statistics = None
+    if not training:
+        statistics = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) + 0.1
+    # Every channel varies: a constant one divides rounding by the square root of eps, in torch as here.
+    x = torch.randn(shape, generator=generator) * 2 + 1
+    x[0, :, 0, 0] += 3
+    _check(x, weight, bias, statistics, torch.randn(shape, generator=generator), storages, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0, -5000.0])
+def test_small_variance_around_a_large_mean(isa, mean):
+    generator = torch.Generator().manual_seed(0)
+    x = mean + torch.randn(64, 3, 28, 28, generator=generator)
+    weight, bias = torch.randn(3, generator=generator), torch.randn(3, generator=generator)
+    _check(x, weight, bias, None, torch.randn(x.shape, generator=generator), rtol=3e-4 if abs(mean) > 1000 else 1e-5)
+
+
+def test_outliers_at_the_beginning_of_a_channel(isa):
+    """The first element, far from the others, must not become the point around which the variance is summed."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 2, 28, 28, generator=generator)
+    x[0, :, 0, 0] = 300.0
+    _, (mean, rstd, variance) = _run(x, None, None, None, torch.ones_like(x))
+    want = x.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(variance.double(), want, rtol=1e-5, atol=0)
+
+
+def test_constant_channel(isa):
+    x = torch.full((8, 2, 4, 4), 3.25)
+    (y, grad_x), (mean, rstd, variance) = _run(x, None, None, None, torch.ones_like(x))
+    assert torch.equal(y, torch.zeros_like(y)) and torch.equal(variance, torch.zeros(2))
+    assert torch.equal(mean, torch.full((2,), 3.25))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_values_stay_in_their_channel(isa, training, value):
+    x = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[2, 1, 3, 0] = value
+    statistics = None if training else (torch.zeros(3), torch.ones(3))
+    got, _ = _run(x, torch.ones(3), torch.zeros(3), statistics, torch.ones_like(x))
+
+    def norm(x, weight, bias):
+        return F.batch_norm(x, *(statistics or (None, None)), weight, bias, training, 0.0, EPS)
+
+    leaves = [t.requires_grad_(True) for t in (x, torch.ones(3), torch.zeros(3))]
+    y = norm(*leaves)
+    y.backward(torch.ones_like(x))
+    for a, b in zip(got, [y.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (4, 0, 4, 4), (4, 3, 0, 4)])
+def test_empty(shape):
+    x = torch.empty(shape, requires_grad=True)
+    channels = shape[1]
+    y, *_ = torch.ops.sparse_ft.batch_norm(x, None, None, torch.zeros(channels), torch.ones(channels), EPS)
+    y.sum().backward()
+    assert y.shape == shape and x.grad.shape == shape
+
+
+def test_same_result_twice(isa):
+    x, grad = torch.randn(33, 5, 7, 7), torch.randn(33, 5, 7, 7)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        one, _ = _run(x, torch.ones(5), torch.zeros(5), None, grad)
+        other, _ = _run(x, torch.ones(5), torch.zeros(5), None, grad)
+        assert all(map(torch.equal, one, other))

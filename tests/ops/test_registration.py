@@ -1,0 +1,103 @@
+"""What torch.library promises of the operators: schemas, shape rules, gradients, tracing."""
+
+import pytest
+import torch
+from oracle import pattern_of, sparse_weight
+
+from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS
+
+GEOMETRY = ((2, 1), (1, 0, 1, 2), (1, 1), 2)
+SHAPE = (4, 3, 3, 3)
+DIFFERENTIABLE = ("linear", "conv2d", "batch_norm", "to_layout")
+
+
+def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
+    """Arguments of an operator, one tuple for each of its forms."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape):
+        x = torch.randn(shape, generator=generator).to(dtype)
+        return x.requires_grad_(name in DIFFERENTIABLE)
+
+    def weight(shape, **geometry):
+        pattern, values = pattern_of(sparse_weight(shape, 0.4, generator), **geometry)
+        values = values.view(-1, 1).to(dtype)
+        return pattern.tensors, values.requires_grad_(name in DIFFERENTIABLE)
+
+    line, line_values = weight((5, 7))
+    index, values = weight(SHAPE, stride=GEOMETRY[0], padding=GEOMETRY[1], groups=2)
+    linear, conv = (line, 7, 5), (index, SHAPE, *GEOMETRY)
+    image, grad = (3, 6, 6, 5), (3, 4, 3, 5)
+    mean, variance = (torch.rand(6, generator=generator).to(dtype) + 0.5 for _ in range(2))
+    return {
+        "linear": [(leaf(2, 3, 7), line_values, bias, *linear) for bias in (leaf(5), None)],
+        "linear_input_grad": [(leaf(2, 3, 5), line_values, *linear)],
+        "linear_weight_grad": [(leaf(2, 3, 5), leaf(2, 3, 7), *linear)],
+        "conv2d": [(leaf(*image), values, bias, *conv) for bias in (leaf(4), None)],
+        "conv2d_input_grad": [(leaf(*grad), values, *conv, list(image))],
+        "conv2d_weight_grad": [(leaf(*grad), leaf(*image), *conv)],
+        "batch_norm": [
+            (leaf(*image), leaf(6), leaf(6), None, None, 1e-5),
+            (leaf(*image), None, None, None, None, 1e-5),
+            (leaf(*image), leaf(6), leaf(6), mean, variance, 1e-5),
+        ],
+        "batch_norm_backward": [
+            (leaf(*image), leaf(*image), leaf(6), mean, variance, True),
+            (leaf(*image), leaf(*image), None, mean, variance, False),
+        ],
+        "to_layout": [(leaf(*image), layout) for layout in (CONTIGUOUS, CHANNELS_LAST, BATCH_LAST)],
+    }[name]
+
+
+NAMES = [
+    "linear", "linear_input_grad", "linear_weight_grad", "conv2d", "conv2d_input_grad", "conv2d_weight_grad",
+    "batch_norm", "batch_norm_backward", "to_layout",
+]  # fmt: skip
+
+
+def test_every_operator_is_tested():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparse_ft::")}
+    assert registered == {f"sparse_ft::{name}" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(name, dtype):
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if dtype == torch.float32:
+        utilities += ["test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
+    for args in _samples(name, dtype):
+        torch.library.opcheck(getattr(torch.ops.sparse_ft, name).default, args, test_utils=utilities)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_the_reference_backend(name):
+    """float64 has no native form: these are the plain torch formulas, which run on every other device too."""
+    for args in _samples(name, torch.float64):
+
+        def first_output(*args):
+            output = getattr(torch.ops.sparse_ft, name)(*args)  # noqa: B023
+            return output if isinstance(output, torch.Tensor) else output[0]
+
+        assert torch.autograd.gradcheck(first_output, args)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "batch_norm"])
+def test_a_second_derivative_is_an_error(name):
+    """Never a wrong one."""
+    args = _samples(name, torch.float32)[0]
+    output = getattr(torch.ops.sparse_ft, name)(*args)
+    output = output if isinstance(output, torch.Tensor) else output[0]
+    (grad,) = torch.autograd.grad(output.square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_backends_agree(isa):
+    """The native products in float32 and the reference in float64."""
+    for name in NAMES:
+        for args in _samples(name, torch.float32):
+            wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+            got, want = (getattr(torch.ops.sparse_ft, name)(*a) for a in (args, wide))
+            for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
