@@ -72,12 +72,10 @@ def test_corrupt_index(isa, case, threads):
             _weight_grad(pattern)
 
 
-@given(
-    changes=st.lists(
-        st.tuples(st.integers(0, 4), st.integers(0, 2**16), st.one_of(st.integers(-3, 120), st.integers(-(2**31), 2**31 - 1))),
-        min_size=1, max_size=4,
-    )
-)  # fmt: skip
+INT32 = st.one_of(st.integers(-3, 120), st.integers(-(2**31), 2**31 - 1))
+
+
+@given(changes=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2**16), INT32), min_size=1, max_size=4))
 @settings(max_examples=150)
 def test_any_corruption(isa, changes):
     pattern, values = _pattern()

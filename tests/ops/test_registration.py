@@ -76,7 +76,7 @@ def test_gradients_of_the_reference_backend(name):
     for args in _samples(name, torch.float64):
 
         def first_output(*args):
-            output = getattr(torch.ops.sparse_ft, name)(*args)  # noqa: B023
+            output = getattr(torch.ops.sparse_ft, name)(*args)
             return output if isinstance(output, torch.Tensor) else output[0]
 
         assert torch.autograd.gradcheck(first_output, args)
