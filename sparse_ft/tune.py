@@ -8,7 +8,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class LayerTiming:
     sparse_ms: float
 
 
-def interleaved_medians(variants: dict[str, Callable[[], object]], *, rounds: int | None = None) -> dict[str, float]:
+def interleaved_medians(variants: Mapping[str, Callable[[], object]], *, rounds: int | None = None) -> dict[str, float]:
     """Median seconds of each variant; the variants take turns, so that a noisy machine is noisy to all alike.
 
     Args:

@@ -12,9 +12,10 @@ def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     if conv.padding == "valid":
         return (0, 0, 0, 0)
     if conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        before = [total // 2 for total in totals]
-        return (*before, *(total - half for total, half in zip(totals, before, strict=True)))
+        height, width = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+        top, left = height // 2, width // 2
+        return (top, left, height - top, width - left)
+    assert not isinstance(conv.padding, str)
     top, left = conv.padding
     return (top, left, top, left)
 
@@ -28,6 +29,13 @@ class SparseConv2d(SparseModule):
     Source: SparseProp (Nikdan et al., ICML 2023).
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
     padding_mode = "zeros"
 
     def __init__(self, conv: nn.Conv2d, pattern: SparsePattern, values: Tensor):

@@ -8,7 +8,11 @@ moment it is accumulated, so that clipping, momentum and adaptive scales see wha
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.nn.linear import is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
+
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class FrozenMasks:
@@ -25,9 +29,11 @@ class FrozenMasks:
 
     @staticmethod
     def _mask_gradient(mask: Tensor):
+        pruned = ~mask
+
         def hook(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                parameter.grad.mul_(mask)
+                parameter.grad.masked_fill_(pruned, 0.0)  # not a product: 0 * inf is NaN
 
         return hook
 
@@ -36,7 +42,7 @@ class FrozenMasks:
         """Zero the weights outside the masks; call after `optimizer.step()`, for optimizers that move weights
         without a gradient."""
         for name, parameter in self._parameters.items():
-            parameter.mul_(self.masks[name])
+            parameter.masked_fill_(~self.masks[name], 0.0)
 
     def remove(self) -> None:
         """Let the weights go."""
@@ -50,21 +56,16 @@ def freeze_masks(model: nn.Module, masks: dict[str, Tensor] | None = None) -> Fr
 
     Args:
         masks: parameter name ("layer1.0.conv1.weight") -> bool tensor of its shape, True where it is trained.
-            None takes every parameter with two dimensions or more that has zeros. Names of parameters that the
-            model does not hold in dense form (sparse layers) are passed over.
+            None takes the weight of every linear and convolution layer that has zeros, but is not all zeros, as
+            new layers (an adapter's second matrix, some classifiers) are before they learn. Names of parameters
+            that the model does not hold in dense form (sparse layers) are passed over.
 
     Raises:
         ValueError: for a mask whose shape differs from its parameter's.
     """
     parameters = dict(model.named_parameters())
-    if masks is None:
-        masks = {
-            name: parameter.detach() != 0
-            for name, parameter in parameters.items()
-            if parameter.dim() > 1 and not _belongs_to_sparse(model, name) and bool((parameter == 0).any())
-        }
-    held = {}
-    for name, mask in masks.items():
+    held, bools = {}, {}
+    for name, mask in (_masks_of_zeros(model) if masks is None else masks).items():
         if name not in parameters or _belongs_to_sparse(model, name):
             continue
         if mask.shape != parameters[name].shape:
@@ -72,7 +73,19 @@ def freeze_masks(model: nn.Module, masks: dict[str, Tensor] | None = None) -> Fr
                 f"mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(parameters[name].shape)}"
             )
         held[name] = parameters[name]
-    return FrozenMasks(held, {name: masks[name].to(held[name].device) for name in held})
+        bools[name] = mask.to(parameters[name].device, torch.bool)
+    return FrozenMasks(held, bools)
+
+
+def _masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
+    masks = {}
+    for name, layer in model.named_modules():
+        weight = layer._parameters.get("weight")
+        if weight is not None and (isinstance(layer, _KINDS) or is_transformers_conv1d(layer)):
+            mask = weight.detach() != 0
+            if mask.any() and not mask.all():
+                masks[f"{name}.weight".lstrip(".")] = mask
+    return masks
 
 
 def _belongs_to_sparse(model: nn.Module, name: str) -> bool:

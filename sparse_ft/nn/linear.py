@@ -27,7 +27,7 @@ class SparseLinear(SparseModule):
     Source: SparseProp (Nikdan et al., ICML 2023).
     """
 
-    def __init__(self, pattern: SparsePattern, values: Tensor, bias: nn.Parameter | None, like: Tensor):
+    def __init__(self, pattern: SparsePattern, values: Tensor, bias: Tensor | None, like: Tensor):
         super().__init__()
         self.out_features, self.in_features = pattern.shape
         self._set_weight(pattern, values, bias, like)
@@ -55,11 +55,11 @@ class SparseLinear(SparseModule):
             if self.stored_transposed:
                 from transformers.pytorch_utils import Conv1D
 
-                dense: nn.Module = Conv1D(self.out_features, self.in_features)
+                dense: nn.Linear | Conv1D = Conv1D(self.out_features, self.in_features)
             else:
                 dense = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.weight.requires_grad)
-        dense.bias = self.bias
+        dense.bias = self.bias  # type: ignore[assignment]  # torch's Linear declares its None no more than this
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:

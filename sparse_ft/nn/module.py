@@ -1,6 +1,7 @@
 """What SparseLinear and SparseConv2d share: values under a pattern, and a dense face to the outside."""
 
 import logging
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,10 @@ class SparseModule(nn.Module):
     pattern: SparsePattern
     stored_transposed = False  # the dense weight of transformers' Conv1D is (in, out)
 
-    def _set_weight(self, pattern: SparsePattern, values: Tensor, bias: nn.Parameter | None, like: Tensor) -> None:
+    def _set_weight(self, pattern: SparsePattern, values: Tensor, bias: Tensor | None, like: Tensor) -> None:
         self.pattern = pattern
         self.weight = nn.Parameter(values.reshape(-1, 1), requires_grad=like.requires_grad)
-        self.register_parameter("bias", bias)
+        self.register_parameter("bias", cast(nn.Parameter | None, bias))
         self._reported = False
 
     @property

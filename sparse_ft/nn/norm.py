@@ -53,7 +53,16 @@ def _with_activation(stock: type) -> type:
         def forward(self, x: Tensor) -> Tensor:
             return self.act(self.drop(_normalise(self, x))) if _keeps_layout(self, x) else super().forward(x)
 
+    BatchLastBatchNormAct2d.__qualname__ = BatchLastBatchNormAct2d.__name__  # pickle finds it by `__getattr__`
     return BatchLastBatchNormAct2d
+
+
+def __getattr__(name: str) -> type:
+    if name == "BatchLastBatchNormAct2d":
+        from timm.layers import BatchNormAct2d
+
+        return _with_activation(BatchNormAct2d)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _replacement(kind: type) -> type | None:

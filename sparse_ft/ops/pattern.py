@@ -41,9 +41,9 @@ class SparsePattern(nn.Module):
         weight: Tensor,
         mask: Tensor | None = None,
         *,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
+        stride: tuple[int, ...] = (1, 1),
+        padding: tuple[int, ...] = (0, 0),
+        dilation: tuple[int, ...] = (1, 1),
         groups: int = 1,
     ) -> tuple["SparsePattern", Tensor]:
         """The pattern of a dense weight, and its values (nnz,) in the pattern's order.

@@ -6,6 +6,7 @@ Slow and readable. It runs what the native backend does not take, and every nati
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from sparse_ft.ops.pattern import flat_index
 
@@ -33,13 +34,13 @@ def conv2d_input_grad(grad, values, pattern, weight_shape, stride, padding, dila
     top, left, bottom, right = padding
     n, c, h, w = input_shape
     padded = (n, c, h + top + bottom, w + left + right)
-    grad_x = torch.nn.grad.conv2d_input(padded, weight, grad, tuple(stride), 0, tuple(dilation), groups)
+    grad_x = conv2d_input(padded, weight, grad, tuple(stride), 0, tuple(dilation), groups)
     return grad_x[:, :, top : top + h, left : left + w]
 
 
 def conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilation, groups) -> Tensor:
     x = _padded(x, padding)
-    dense = torch.nn.grad.conv2d_weight(x, tuple(weight_shape), grad, tuple(stride), 0, tuple(dilation), groups)
+    dense = conv2d_weight(x, tuple(weight_shape), grad, tuple(stride), 0, tuple(dilation), groups)
     return dense.reshape(-1)[flat_index(pattern[0], pattern[1], weight_shape)]
 
 

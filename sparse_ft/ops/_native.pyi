@@ -1,0 +1,48 @@
+"""The native core (csrc/bindings.cpp): addresses and sizes in, ValueError out."""
+
+from collections.abc import Sequence
+
+_Sizes = Sequence[int]
+
+class Convolution:
+    def __init__(
+        self, weight: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int
+    ) -> None: ...
+
+def forward(
+    conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int, y_stride: _Sizes,
+    row_ptr: int, col: int, values: int, bias: int, nnz: int, threads: int,
+) -> None: ...  # fmt: skip
+def input_grad(
+    conv: Convolution, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,
+    grad_x_stride: _Sizes, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int, threads: int,
+) -> None: ...  # fmt: skip
+def weight_grad(
+    conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int, grad_stride: _Sizes,
+    row_ptr: int, col: int, value_grad: int, nnz: int, threads: int,
+) -> None: ...  # fmt: skip
+def count_nonzero(weight: int, numel: int, threads: int) -> int: ...
+def count_true(mask: int, numel: int, threads: int) -> int: ...
+def build_rows(
+    weight: int, mask: int, rows: int, cols: int, row_ptr: int, col: int, values: int, threads: int
+) -> None: ...
+def build_transpose(
+    conv: Convolution, row_ptr: int, col: int, nnz: int, t_row_ptr: int, t_col: int, perm: int
+) -> None: ...
+def norm_forward(
+    x: int, channels: int, size: int, weight: int, bias: int, eps: float, training: bool, mean: int, rstd: int,
+    variance: int, y: int, threads: int,
+) -> None: ...  # fmt: skip
+def norm_backward(
+    grad: int, x: int, channels: int, size: int, weight: int, mean: int, rstd: int, training: bool, grad_x: int,
+    grad_weight: int, grad_bias: int, threads: int,
+) -> None: ...  # fmt: skip
+def transpose(
+    source: int, dest: int, batch: _Sizes, size: _Sizes, from_stride: _Sizes, to_stride: _Sizes, threads: int
+) -> None: ...
+def available_isas() -> list[str]: ...
+def active_isa() -> str: ...
+def activate_isa(name: str) -> bool: ...
+def lanes() -> int: ...
+def fma_peak(seconds: float) -> float: ...
+def load_fma_peak(bytes: int, seconds: float) -> float: ...
