@@ -1,4 +1,4 @@
-"""Every operator of sparse_ft: schema, shape rule, gradient, and which backend computes it.
+"""Every operator of sparse_ft: schema, shape rule, and which backend computes it (gradients.py has the gradients).
 
 `pattern` is `SparsePattern.tensors`; `values` is the weight's nonzeros, (nnz,) or (nnz, 1); `padding` is
 (top, left, bottom, right). Convolutions and norms give batch-last tensors (see layout.py) on every device.
@@ -12,12 +12,10 @@
 Source of the three products: SparseProp (Nikdan et al., ICML 2023, arXiv 2302.04852).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from sparse_ft.ops import native, reference
+from sparse_ft.ops import gradients, native, reference
 from sparse_ft.ops.checks import (
     check_channels,
     check_features,
@@ -27,7 +25,7 @@ from sparse_ft.ops.checks import (
     check_same_shape,
     check_weight,
 )
-from sparse_ft.ops.layout import BATCH_LAST, empty, is_batch_last, layout_of
+from sparse_ft.ops.layout import BATCH_LAST, empty, is_batch_last
 from sparse_ft.ops.native import native_reason
 
 _library = torch.library.Library("sparse_ft", "DEF")
@@ -269,91 +267,4 @@ def _(x, layout):
     return empty(x.shape, layout, x)
 
 
-# ---- gradients -------------------------------------------------------------------------------------
-
-
-def _like(gradient: Tensor, values: Tensor) -> Tensor:
-    return gradient.to(values.dtype).view_as(values)
-
-
-def _weight_setup(ctx, inputs, output):
-    x, values, bias, pattern, *geometry = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *pattern)
-    ctx.geometry, ctx.input_shape, ctx.bias_dtype = geometry, x.shape, None if bias is None else bias.dtype
-
-
-def _linear_backward(ctx, grad):
-    x, values, *pattern = ctx.saved_tensors
-    grad_x = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.sparse_ft.linear_input_grad(grad, values, pattern, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
-        grad_values = _like(torch.ops.sparse_ft.linear_weight_grad(grad, x, pattern, *ctx.geometry), values)
-    if ctx.bias_dtype and ctx.needs_input_grad[2]:
-        grad_bias = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, grad_values, grad_bias, [None] * len(pattern), None, None
-
-
-def _conv2d_backward(ctx, grad):
-    x, values, *pattern = ctx.saved_tensors
-    grad_x = grad_values = grad_bias = None
-    if not is_batch_last(grad):
-        grad = torch.ops.sparse_ft.to_layout(grad, BATCH_LAST)
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.sparse_ft.conv2d_input_grad(grad, values, pattern, *ctx.geometry, list(ctx.input_shape))
-    if ctx.needs_input_grad[1]:
-        grad_values = _like(torch.ops.sparse_ft.conv2d_weight_grad(grad, x, pattern, *ctx.geometry), values)
-    if ctx.bias_dtype and ctx.needs_input_grad[2]:
-        grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-    return grad_x, grad_values, grad_bias, [None] * len(pattern), *[None] * len(ctx.geometry)
-
-
-def _batch_norm_setup(ctx, inputs, output):
-    x, weight, bias, mean, _, _ = inputs
-    _, used_mean, rstd, _ = output
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, weight, used_mean, rstd)
-    ctx.training = mean is None
-    ctx.weight_dtype, ctx.bias_dtype = (None if p is None else p.dtype for p in (weight, bias))
-
-
-def _batch_norm_grad(ctx, grad, *_):
-    x, weight, mean, rstd = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = torch.ops.sparse_ft.batch_norm_backward(grad, x, weight, mean, rstd, ctx.training)
-    needs = ctx.needs_input_grad
-    return (
-        grad_x,
-        grad_weight.to(ctx.weight_dtype) if needs[1] else None,
-        grad_bias.to(ctx.bias_dtype) if needs[2] else None,
-        None,
-        None,
-        None,
-    )
-
-
-def _to_layout_setup(ctx, inputs, output):
-    ctx.layout = layout_of(inputs[0])
-
-
-def _to_layout_backward(ctx, grad):
-    return (grad if layout_of(grad) == ctx.layout else torch.ops.sparse_ft.to_layout(grad, ctx.layout)), None
-
-
-def _no_setup(ctx, inputs, output):
-    pass
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "sparse layers have no second derivative; to differentiate twice, use the dense model (sparse_ft.to_dense)"
-    )
-
-
-for _name, _backward, _setup in (
-    ("linear", _linear_backward, _weight_setup),
-    ("conv2d", _conv2d_backward, _weight_setup),
-    ("batch_norm", _batch_norm_grad, _batch_norm_setup),
-    ("to_layout", _to_layout_backward, _to_layout_setup),
-    *((name, _no_second_derivative, _no_setup) for name in _IMPLEMENTATIONS if name.endswith(("_grad", "_backward"))),
-):
-    torch.library.register_autograd(f"sparse_ft::{_name}", _backward, setup_context=_setup, lib=_library)
+gradients.register(_library, [name for name in _IMPLEMENTATIONS if name.endswith(("_grad", "_backward"))])

@@ -1,0 +1,145 @@
+"""Gradients of the operators.
+
+Each operator's Autograd kernel is a `torch.autograd.Function` that calls the operator again below autograd.
+`torch.library.register_autograd` would do the same by way of generic tree flattening, at some 150 microseconds a
+call, which a small layer's products do not take themselves.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_ft.ops.layout import BATCH_LAST, is_batch_last, layout_of
+
+_ops = torch.ops.sparse_ft
+
+
+def _like(gradient: Tensor, values: Tensor) -> Tensor:
+    return gradient.to(values.dtype).view_as(values)
+
+
+class _Weighted(torch.autograd.Function):
+    """What the linear layer and the convolution share: x, values, bias, pattern, and their geometry."""
+
+    @staticmethod
+    def run(operator, ctx, x, values, bias, pattern, geometry):
+        # The input is needed for the weight gradient only.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *pattern)
+        ctx.geometry, ctx.input_shape, ctx.bias_dtype = geometry, x.shape, None if bias is None else bias.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(x, values, bias, pattern, *geometry)
+
+
+class _Linear(_Weighted):
+    @staticmethod
+    def forward(ctx, x, values, bias, pattern, *geometry):
+        return _Weighted.run(_ops.linear.default, ctx, x, values, bias, pattern, geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, values, *pattern = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _ops.linear_input_grad.default(grad, values, pattern, *ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            grad_values = _like(_ops.linear_weight_grad.default(grad, x, pattern, *ctx.geometry), values)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        return grad_x, grad_values, grad_bias, None, None, None
+
+
+class _Conv2d(_Weighted):
+    @staticmethod
+    def forward(ctx, x, values, bias, pattern, *geometry):
+        return _Weighted.run(_ops.conv2d.default, ctx, x, values, bias, pattern, geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, values, *pattern = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        if not is_batch_last(grad):
+            grad = _ops.to_layout.default(grad, BATCH_LAST)
+        if ctx.needs_input_grad[0]:
+            grad_x = _ops.conv2d_input_grad.default(grad, values, pattern, *ctx.geometry, list(ctx.input_shape))
+        if ctx.needs_input_grad[1]:
+            grad_values = _like(_ops.conv2d_weight_grad.default(grad, x, pattern, *ctx.geometry), values)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
+        return grad_x, grad_values, grad_bias, None, *[None] * len(ctx.geometry)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, variance, eps):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, used_mean, rstd, used_variance = _ops.batch_norm.default(x, weight, bias, mean, variance, eps)
+        ctx.mark_non_differentiable(used_mean, rstd, used_variance)
+        ctx.save_for_backward(x, weight, used_mean, rstd)
+        ctx.training = mean is None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y, used_mean, rstd, used_variance
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, rstd = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = _ops.batch_norm_backward.default(grad, x, weight, mean, rstd, ctx.training)
+        needs = ctx.needs_input_grad
+        return (
+            grad_x,
+            grad_weight.to(weight.dtype) if needs[1] else None,
+            grad_bias.to(ctx.bias_dtype) if needs[2] else None,
+            None,
+            None,
+            None,
+        )
+
+
+class _ToLayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout_of(x)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.to_layout.default(x, layout)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad if layout_of(grad) == ctx.layout else _ops.to_layout.default(grad, ctx.layout)), None
+
+
+def _once(operator):
+    """An Autograd kernel for an operator that is itself a gradient."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*inputs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                "sparse layers have no second derivative; to differentiate twice, use the dense model "
+                "(sparse_ft.to_dense)"
+            )
+
+    def kernel(*inputs):
+        if torch.is_grad_enabled():  # inside an ordinary backward pass it is not
+            return Once.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    return kernel
+
+
+def register(library: torch.library.Library, gradient_operators: list[str]) -> None:
+    """Give every operator its Autograd kernel."""
+    for name, function in (
+        ("linear", _Linear),
+        ("conv2d", _Conv2d),
+        ("batch_norm", _BatchNorm),
+        ("to_layout", _ToLayout),
+    ):
+        library.impl(name, function.apply, "Autograd")
+    for name in gradient_operators:
+        library.impl(name, _once(getattr(_ops, name).default), "Autograd")
