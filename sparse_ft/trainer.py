@@ -280,9 +280,10 @@ class SparseTrainer(Trainer):
             self.announce("the model has no zeros to keep: every layer trains dense")
             return
         native = [name for name in _native_layers(model) if f"{name}.weight" in self.masks]
+        others = ", the others dense with their zeros kept" if len(native) < len(self.masks) else ""
         self.announce(
-            f"{len(native)} of {len(self.masks)} pruned layers run on the native sparse kernels, the others dense "
-            f"with their zeros kept; overall sparsity {sparsity(model).overall:.2%}"
+            f"{len(native)} of {len(self.masks)} pruned layers run on the native sparse kernels{others}; "
+            f"overall sparsity {sparsity(model).overall:.2%}"
         )
 
     def announce(self, message: str) -> None:
