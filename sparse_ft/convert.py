@@ -1,12 +1,14 @@
 """Dense modules to native sparse modules and back, in place."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from sparse_ft.masks.names import match_names, weight_name
 from sparse_ft.masks.targets import typed_layers, unwrap
@@ -16,10 +18,13 @@ from sparse_ft.nn import (
     SparseModule,
     batch_last_norm,
     is_transformers_conv1d,
+    layout_conv,
+    stock_conv,
     stock_norm,
 )
+from sparse_ft.randomness import preserved_random_state
 from sparse_ft.tables import format_table
-from sparse_ft.tune import TimingCache, time_layer, timing_key
+from sparse_ft.tune import TimingCache
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +110,15 @@ def convert(
 
     Raises:
         ValueError: for an unknown policy, a `min_sparsity` outside [0, 1], an `ignore` entry that matches nothing,
-            or "auto" without example inputs for a model that does not say what it takes.
+            a mask that leaves out nonzero weights, `layers` that cannot be converted, or "auto" without example
+            inputs for a model that does not say what it takes.
     """
     if policy not in ("auto", "always"):
         raise ValueError(f'policy must be "auto" or "always", not {policy!r}')
     if not 0.0 <= min_sparsity <= 1.0:
         raise ValueError(f"min_sparsity must be in [0, 1], not {min_sparsity}")
+    if isinstance(ignore, str):
+        raise ValueError(f"ignore must be a list of layer names, not the text {ignore!r}")
     model = unwrap(model)
     candidates = _Candidates(model, min_sparsity, ignore, masks or {})
     report = ConversionReport(policy)
@@ -118,23 +126,28 @@ def convert(
         chosen = set(layers)
         unknown = chosen - set(candidates.entries)
         if unknown:
-            raise ValueError(f"these layers cannot be converted: {', '.join(sorted(unknown))}")
+            raise ValueError(f"the model has no such layers to convert: {', '.join(sorted(unknown))}")
         for name, entry in candidates.entries.items():
-            entry.converted, entry.reason = name in chosen, "chosen earlier"
+            if name in chosen and entry.obstacle:
+                raise ValueError(f"layer {name!r} cannot be converted: {entry.obstacle}")
+            entry.converted = name in chosen
+            entry.reason = entry.obstacle or ("chosen earlier" if entry.converted else "not chosen earlier")
     elif candidates.eligible:
-        shapes = None
-        if policy == "auto" or example_inputs is not None:
-            shapes = _input_shapes(model, candidates.eligible, example_inputs)
-        _choose(candidates, shapes, policy)
-    for name, entry in candidates.entries.items():
+        with preserved_random_state():
+            shapes = None
+            if policy == "auto" or example_inputs is not None:
+                shapes = _input_shapes(model, candidates.eligible, example_inputs)
+            _choose(candidates, shapes, policy)
+    for entry in candidates.entries.values():
         if entry.converted:
             sparse = entry.sparse()
             _move_hooks(entry.module, sparse)
             _replace(model, entry.module, sparse)
-        report.layers.append(entry.result(name))
+        report.layers.append(entry.result())
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
         for module in model.modules():
             batch_last_norm(module)
+            layout_conv(module)
     logger.info("%d of %d layers run sparse", len(report.converted), len(report.layers))
     return report
 
@@ -154,40 +167,51 @@ def to_dense(model: nn.Module) -> nn.Module:
             _replace(inner, module, dense)
         else:
             stock_norm(module)
+            stock_conv(module)
     return model
 
 
 @dataclass
 class _Entry:
+    name: str
     module: nn.Module
     mask: Tensor | None
-    nnz: int
+    obstacle: str = ""  # why it has no sparse form
+    reason: str = ""  # why it is what it becomes
     joins: bool = False  # a depthwise layer without zeros, which runs sparse to keep the layout of its neighbours
-    reason: str = ""
     converted: bool = False
     dense_ms: float | None = None
     sparse_ms: float | None = None
     _sparse: SparseModule | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        return self.module.weight  # type: ignore[return-value]
+    def __post_init__(self) -> None:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        self.weight = weight
+        self.shape = () if isinstance(weight, UninitializedParameter) else tuple(weight.shape)
+        if self.mask is not None and self.mask.shape != self.shape:
+            raise ValueError(f"mask of {self.name}.weight has shape {tuple(self.mask.shape)}, the weight {self.shape}")
+        kept = weight if self.mask is None else self.mask
+        self.nnz = 0 if isinstance(kept, UninitializedParameter) else int(torch.count_nonzero(kept))
 
     @property
     def sparsity(self) -> float:
-        return 1.0 - self.nnz / max(1, self.weight.numel())
+        return 1.0 - self.nnz / max(1, math.prod(self.shape))
 
     def sparse(self) -> SparseModule:
         if self._sparse is None:
             kind = SparseConv2d if isinstance(self.module, nn.Conv2d) else SparseLinear
             mask = torch.ones_like(self.weight, dtype=torch.bool) if self.joins else self.mask
             self._sparse = kind.from_dense(self.module, mask)  # type: ignore[arg-type]
+            lost = int(torch.count_nonzero(self.weight)) - int(torch.count_nonzero(self._sparse.weight))
+            if lost:
+                raise ValueError(f"the mask of {self.name}.weight leaves out {lost} nonzero weights; prune them first")
         return self._sparse
 
-    def result(self, name: str) -> LayerConversion:
+    def result(self) -> LayerConversion:
         return LayerConversion(
-            name, type(self.module).__name__, tuple(self.weight.shape), self.nnz, self.sparsity, self.converted,
-            self.reason, self.dense_ms, self.sparse_ms,
+            self.name, type(self.module).__name__, self.shape, self.nnz, self.sparsity, self.converted, self.reason,
+            self.dense_ms, self.sparse_ms,
         )  # fmt: skip
 
 
@@ -201,14 +225,13 @@ class _Candidates:
         readers = _children_of_readers(model)
         self.entries: dict[str, _Entry] = {}
         for name, module in layers.items():
-            weight = module._parameters.get("weight")
-            if weight is None:  # parametrised or pruned by torch.nn.utils.prune: there is no plain weight to take over
-                continue
-            mask = masks.get(weight_name(name))
-            nnz = int(mask.sum()) if mask is not None else int(torch.count_nonzero(weight))
-            entry = _Entry(module, mask, nnz)
-            entry.reason = self._reason(name, entry, min_sparsity, ignored, shared, readers)
-            entry.joins = entry.reason.startswith("sparsity") and _is_depthwise(module)
+            entry = _Entry(name, module, masks.get(weight_name(name)))
+            entry.obstacle = entry.reason = self._obstacle(entry, shared, readers)
+            if not entry.obstacle and name in ignored:
+                entry.reason = "ignored"
+            elif not entry.obstacle and (entry.sparsity < min_sparsity or entry.sparsity == 0.0):
+                entry.reason = f"sparsity below {min_sparsity:.0%}" if min_sparsity else "no zeros"
+                entry.joins = _is_depthwise(module)
             self.entries[name] = entry
         self.eligible = {name: entry for name, entry in self.entries.items() if not entry.reason}
         if any(isinstance(entry.module, nn.Conv2d) for entry in self.eligible.values()):
@@ -218,10 +241,12 @@ class _Candidates:
             }
 
     @staticmethod
-    def _reason(name, entry, min_sparsity, ignored, shared, readers) -> str:
-        module, weight = entry.module, entry.weight
-        if name in ignored:
-            return "ignored"
+    def _obstacle(entry: _Entry, shared: dict[int, list[str]], readers: dict[str, str]) -> str:
+        module, weight, name = entry.module, entry.weight, entry.name
+        if module._parameters.get("weight") is None:
+            return "its weight is computed from others: torch.nn.utils.prune.remove or the like makes it plain"
+        if isinstance(weight, UninitializedParameter):
+            return "its weight is not initialised yet"
         if id(weight) in shared:
             return f"tied to {next(other for other in shared[id(weight)] if other != weight_name(name))}"
         if name in readers:
@@ -230,8 +255,8 @@ class _Candidates:
             return f"{type(module).__name__} has no sparse form"
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return f"padding mode {module.padding_mode!r} has no sparse form"
-        if entry.sparsity < min_sparsity or entry.nnz == weight.numel():
-            return f"sparsity below {min_sparsity:.0%}"
+        if not name:
+            return "it is the whole model: use from_dense of SparseLinear or SparseConv2d"
         return ""
 
 
@@ -268,12 +293,14 @@ def _input_shapes(model: nn.Module, entries: dict[str, _Entry], example_inputs) 
     shapes: dict[str, torch.Size] = {}
 
     def record(name):
-        def hook(module, args):
-            shapes[name] = args[0].shape
+        def hook(module, args, kwargs):
+            shapes[name] = (args[0] if args else next(iter(kwargs.values()))).shape
 
         return hook
 
-    handles = [entry.module.register_forward_pre_hook(record(name)) for name, entry in entries.items()]
+    handles = [
+        entry.module.register_forward_pre_hook(record(name), with_kwargs=True) for name, entry in entries.items()
+    ]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -315,28 +342,23 @@ def _choose(candidates: _Candidates, shapes: dict[str, torch.Size] | None, polic
         return
     assert shapes is not None
     cache = TimingCache()
-    # Layers with zeros first: whether a depthwise layer joins depends on what is around it.
-    for joins in (False, True):
-        if joins and not any(e.converted and isinstance(e.module, nn.Conv2d) for e in candidates.eligible.values()):
-            return
-        for name, entry in candidates.eligible.items():
-            if entry.joins != joins or name not in shapes or entry.weight.device.type != "cpu":
-                continue
-            sparse, shape = entry.sparse(), shapes[name]
+    def measure(entries: list[_Entry], *, inside: bool) -> None:
+        for entry in entries:
+            sparse = entry.sparse()
             if sparse.native_reason() is not None:
                 entry.reason = str(sparse.native_reason())
                 continue
-            timing = cache.get(
-                timing_key(sparse, shape, joins),
-                lambda entry=entry, sparse=sparse, shape=shape, joins=joins: time_layer(
-                    entry.module, sparse, shape, inside=joins
-                ),
-            )
+            timing = cache.get(sparse, shapes[entry.name], inside=inside)
             entry.dense_ms, entry.sparse_ms = timing.dense_ms, timing.sparse_ms
             entry.converted = timing.sparse_ms < timing.dense_ms
             entry.reason = "measured faster" if entry.converted else "measured slower than dense"
-            if joins and entry.converted:
-                entry.reason = "keeps its neighbours' layout"
+
+    called = [entry for name, entry in candidates.eligible.items() if name in shapes]
+    measure([entry for entry in called if not entry.joins], inside=False)
+    if any(entry.converted and isinstance(entry.module, nn.Conv2d) for entry in called):
+        # A convolution left dense among sparse ones pays for two changes of layout: look at those again,
+        # and at depthwise layers without zeros, which only run sparse to keep their neighbours' layout.
+        measure([e for e in called if not e.converted and isinstance(e.module, nn.Conv2d)], inside=True)
     cache.save()
 
 
@@ -350,5 +372,6 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     for attribute, hooks in vars(old).items():
-        if "_hooks" in attribute and hooks:
+        # The flag says of which kind the backward hooks are.
+        if ("_hooks" in attribute and hooks) or attribute == "_is_full_backward_hook":
             new.__dict__[attribute] = hooks

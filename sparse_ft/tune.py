@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn import SparseConv2d, SparseModule
-from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, active_isa
+from sparse_ft.nn import SparseConv2d, SparseModule, layout_conv
+from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, active_isa
 
 _BUDGET_S = 0.4  # for the repetitions of one layer, all its forms together
 _CACHE_VERSION = 1
@@ -30,7 +30,9 @@ class LayerTiming:
     sparse_ms: float
 
 
-def interleaved_medians(variants: Mapping[str, Callable[[], object]], *, rounds: int | None = None) -> dict[str, float]:
+def interleaved_medians(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int | None = None
+) -> dict[str, float]:
     """Median seconds of each variant; the variants take turns, so that a noisy machine is noisy to all alike.
 
     Args:
@@ -54,7 +56,7 @@ def interleaved_medians(variants: Mapping[str, Callable[[], object]], *, rounds:
 
 
 def _step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
-    x = x.requires_grad_(True)
+    x = x.detach().requires_grad_(True)  # a leaf: backward must end here
     with torch.no_grad():
         grad = torch.randn_like(layer(x))
 
@@ -66,42 +68,39 @@ def _step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-class _InBatchLast(nn.Module):
-    """A dense convolution between batch-last neighbours: what it costs to leave it dense there."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(torch.ops.sparse_ft.to_layout(x, CONTIGUOUS))
-        return torch.ops.sparse_ft.to_layout(y.contiguous(), BATCH_LAST)
+def _trainable_copy(layer: nn.Module) -> nn.Module:
+    """A copy all of whose parameters are trained; the gradients of the model's own are not touched."""
+    layer = copy.deepcopy(layer)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    return layer
 
 
-def time_layer(dense: nn.Module, sparse: SparseModule, shape: torch.Size, *, inside: bool = False) -> LayerTiming:
-    """Times both forms of a layer on random input of `shape`.
+@torch.enable_grad()
+def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False) -> LayerTiming:
+    """Times a layer and its dense form on random input of `shape`; both as if all their parameters were trained.
 
     A dense convolution is measured in contiguous and in channels-last layout and the faster one counts, whichever
     the model uses now; a sparse one in batch-last layout. `inside` says that a dense form would stand between
     sparse layers and pay for the change of layout.
     """
-    dense = copy.deepcopy(dense)
-    for parameter in dense.parameters():
-        parameter.requires_grad_(True)
-    x = torch.randn(shape)
-    if isinstance(sparse, SparseConv2d):
+    sparse, dense = _trainable_copy(layer), _trainable_copy(layer.to_dense())
+    x = torch.randn(shape, dtype=torch.float32)
+    if isinstance(layer, SparseConv2d):
         as_layout = torch.ops.sparse_ft.to_layout
         batch_last = as_layout(x, BATCH_LAST) if x.dim() == 4 else x
         variants = {"sparse": _step(sparse, batch_last)}
         if inside:
-            variants["dense"] = _step(_InBatchLast(dense), batch_last.clone())
+            layout_conv(dense)
+            variants["dense"] = _step(dense, batch_last)
         else:
             variants["dense"] = _step(dense, x)
             if x.dim() == 4:
                 other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
                 variants["dense channels_last"] = _step(other, as_layout(x, CHANNELS_LAST))
     else:
-        variants = {"sparse": _step(sparse, x), "dense": _step(dense, x.clone())}
+        variants = {"sparse": _step(sparse, x), "dense": _step(dense, x)}
     medians = interleaved_medians(variants)
     sparse_s = medians.pop("sparse")
     return LayerTiming(dense_ms=min(medians.values()) * 1e3, sparse_ms=sparse_s * 1e3)
@@ -152,9 +151,11 @@ class TimingCache:
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
-    def get(self, key: str, measure: Callable[[], LayerTiming]) -> LayerTiming:
+    def get(self, sparse: SparseModule, shape: torch.Size, *, inside: bool) -> LayerTiming:
+        """What `time_layer` says of these arguments, now or earlier."""
+        key = timing_key(sparse, shape, inside)
         if key not in self._timings:
-            self._timings[key] = measure()
+            self._timings[key] = time_layer(sparse, shape, inside=inside)
             self._changed = True
         return self._timings[key]
 

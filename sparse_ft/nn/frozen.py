@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sparse_ft.nn.linear import is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
 
-
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -47,6 +47,10 @@ class SparseModule(nn.Module):
         """Fraction of the dense weight that is outside the pattern."""
         return 1.0 - self.nnz / max(1, self.dense_shape.numel())
 
+    def to_dense(self) -> nn.Module:
+        """The exact dense layer; the bias is shared."""
+        raise NotImplementedError
+
     def dense_weight(self) -> Tensor:
         """A dense copy of the weight, in `dense_shape`."""
         dense = self.pattern.to_dense(self.weight.detach())

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 _Sizes = Sequence[int]
 
 class Convolution:
-    def __init__(
-        self, weight: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int
-    ) -> None: ...
+    def __init__(self, weight: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int) -> None: ...
 
 def forward(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int, y_stride: _Sizes,
