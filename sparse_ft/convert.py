@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from sparse_ft.masks.names import match_names, weight_name
 from sparse_ft.masks.targets import typed_layers, unwrap
 from sparse_ft.nn import (
+    LayoutConv2d,
     SparseConv2d,
     SparseLinear,
     SparseModule,
@@ -251,7 +252,7 @@ class _Candidates:
             return f"tied to {next(other for other in shared[id(weight)] if other != weight_name(name))}"
         if name in readers:
             return f"{readers[name]} reads its weight directly"
-        if type(module) not in (nn.Linear, nn.Conv2d) and not is_transformers_conv1d(module):
+        if type(module) not in (nn.Linear, nn.Conv2d, LayoutConv2d) and not is_transformers_conv1d(module):
             return f"{type(module).__name__} has no sparse form"
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return f"padding mode {module.padding_mode!r} has no sparse form"

@@ -1,0 +1,45 @@
+"""Dense convolutions beside sparse ones: the stock results in every layout."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_ft.nn import LayoutConv2d, layout_conv, stock_conv
+from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, is_batch_last
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST, BATCH_LAST])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_results_are_the_stock_ones_in_every_layout(layout: int, groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups)
+    x = torch.randn(6, 4, 9, 7, requires_grad=True)
+    expected = conv(x)
+    grad = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, [x, conv.weight, conv.bias], grad)
+    assert layout_conv(conv)
+    placed = torch.ops.sparse_ft.to_layout(x, layout)
+    y = conv(placed)
+    torch.testing.assert_close(y, expected)
+    for got, want in zip(torch.autograd.grad(y, [x, conv.weight, conv.bias], grad), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    assert is_batch_last(y) == (layout == BATCH_LAST)
+
+
+def test_only_the_stock_class_is_changed_and_changed_back() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    own, stock = Own(2, 2, 1), nn.Conv2d(2, 2, 1)
+    assert not layout_conv(own) and type(own) is Own
+    assert layout_conv(stock) and type(stock) is LayoutConv2d
+    stock_conv(stock)
+    assert type(stock) is nn.Conv2d
+
+
+def test_unbatched_input() -> None:
+    conv = nn.Conv2d(3, 5, 3)
+    x = torch.randn(3, 8, 8)
+    expected = conv(x)
+    layout_conv(conv)
+    torch.testing.assert_close(conv(x), expected)
