@@ -213,11 +213,11 @@ class SparseTrainer(Trainer):
     def _check_loss_scale(self, model: nn.Module) -> None:
         """Finds models that take `num_items_in_batch` and ignore it, such as BERT for sequence classification.
 
-        Trainer believes that they average their loss over all accumulated batches. It is their mean over one batch,
-        and accumulated gradients would be too large by the number of batches.
+        Trainer believes that they average their loss over all accumulated batches and all processes. It is their
+        mean over one batch, and gradients would be too large by the number of batches and of processes.
         """
         if (
-            self.args.gradient_accumulation_steps == 1
+            self.args.gradient_accumulation_steps * self.args.world_size == 1
             or not self.model_accepts_loss_kwargs
             or self.compute_loss_func is not None
         ):
