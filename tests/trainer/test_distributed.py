@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 from tiny import bert, make_trainer, pruned
 
 arguments = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 3, "ddp_backend": "gloo",
-             "use_cpu": True, "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 4, "sparse_policy": sys.argv[3]}
+             "use_cpu": True, "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 4,
+             "sparse_policy": sys.argv[3]}
 trainer = make_trainer(pruned(bert(dropout=0.0)), sys.argv[2], **arguments)
 trainer.train()
 state = {"weights": trainer.model.state_dict(), "native": trainer.conversion_report and
