@@ -56,8 +56,22 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+# A parallel region costs some microseconds, more on a busy machine: a thread is worth having for this many operations.
+_OPERATIONS_PER_THREAD = 400_000
+
+
+def _threads(operations: int) -> int:
+    """torch's number of threads, or fewer where there is little to do."""
+    return max(1, min(torch.get_num_threads(), operations // _OPERATIONS_PER_THREAD))
+
+
+def _conv_threads(nnz: int, x: Tensor, y: Tensor) -> int:
+    # Packing and storing cost about one operation an element, whatever few nonzeros there are.
+    return _threads(2 * nnz * (y.numel() // max(1, y.shape[1])) + x.numel() + y.numel())
+
+
+def _linear_threads(nnz: int, x: Tensor, y: Tensor, features: int) -> int:
+    return _threads(2 * nnz * (x.numel() // max(1, features)) + x.numel() + y.numel())
 
 
 def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tensor], Tensor]:
@@ -69,7 +83,7 @@ def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tenso
         mask = weight != 0
     weight = weight.to(torch.float32).contiguous()
     mask = None if mask is None else mask.to("cpu", torch.bool).contiguous()
-    threads = _threads()
+    threads = _threads(4 * weight.numel())
     nnz = (
         _native.count_nonzero(weight.data_ptr(), weight.numel(), threads)
         if mask is None
@@ -116,7 +130,7 @@ def to_layout(x: Tensor, layout: int) -> Tensor:
     dense = have != CONTIGUOUS or x.is_contiguous()
     if native_reason(x) or not dense or (have == BATCH_LAST) == (layout == BATCH_LAST) or x.numel() == 0:
         return out.copy_(x)
-    threads, plane = _threads(), h * w
+    threads, plane = _threads(2 * x.numel()), h * w
     other = layout if have == BATCH_LAST else have
     if other == CONTIGUOUS:  # (n, chw) <-> (chw, n)
         rows, cols = (n, c * plane) if layout == BATCH_LAST else (c * plane, n)
@@ -141,7 +155,7 @@ def conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, gr
     _native.forward(
         convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
         dest.positions, out.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(),
-        _pointer(bias), values.numel(), _threads(),
+        _pointer(bias), values.numel(), _conv_threads(values.numel(), x, out),
     )  # fmt: skip
     return out
 
@@ -154,7 +168,7 @@ def conv2d_input_grad(
     _native.input_grad(
         convolution(weight_shape, stride, padding, dilation, groups), dest.size, grad.data_ptr(), source.strides,
         source.positions, grad_x.data_ptr(), dest.strides, pattern[2].data_ptr(), pattern[3].data_ptr(),
-        pattern[4].data_ptr(), values.data_ptr(), values.numel(), _threads(),
+        pattern[4].data_ptr(), values.data_ptr(), values.numel(), _conv_threads(values.numel(), grad_x, grad),
     )  # fmt: skip
     return grad_x
 
@@ -167,7 +181,7 @@ def conv2d_weight_grad(
     _native.weight_grad(
         convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
         dest.positions, grad.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(),
-        value_grad.data_ptr(), value_grad.numel(), _threads(),
+        value_grad.data_ptr(), value_grad.numel(), _conv_threads(value_grad.numel(), x, grad),
     )  # fmt: skip
     return value_grad
 
@@ -186,7 +200,8 @@ def linear(x, values, bias, pattern, in_features, out_features, out: Tensor) -> 
     conv = convolution((out_features, in_features, 1, 1), *_UNIT)
     _native.forward(
         conv, size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0), pattern[0].data_ptr(),
-        pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(), _threads(),
+        pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(),
+        _linear_threads(values.numel(), x, out, in_features),
     )  # fmt: skip
     return out
 
@@ -197,7 +212,7 @@ def linear_input_grad(grad, values, pattern, in_features, out_features, grad_x: 
     _native.input_grad(
         conv, (grad.shape[0], in_features, 1, 1), grad.data_ptr(), grad_strides, (1, 1), grad_x.data_ptr(),
         (in_features, 1, 0, 0), pattern[2].data_ptr(), pattern[3].data_ptr(), pattern[4].data_ptr(),
-        values.data_ptr(), values.numel(), _threads(),
+        values.data_ptr(), values.numel(), _linear_threads(values.numel(), grad, grad_x, out_features),
     )  # fmt: skip
     return grad_x
 
@@ -208,7 +223,8 @@ def linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad: 
     conv = convolution((out_features, in_features, 1, 1), *_UNIT)
     _native.weight_grad(
         conv, size, x.data_ptr(), strides, (1, 1), grad.data_ptr(), grad_strides, pattern[0].data_ptr(),
-        pattern[1].data_ptr(), value_grad.data_ptr(), value_grad.numel(), _threads(),
+        pattern[1].data_ptr(), value_grad.data_ptr(), value_grad.numel(),
+        _linear_threads(value_grad.numel(), x, grad, in_features),
     )  # fmt: skip
     return value_grad
 
@@ -217,7 +233,7 @@ def batch_norm(x: Tensor, weight, bias, mean, rstd, training: bool, eps: float, 
     n, c, h, w = x.shape
     _native.norm_forward(
         x.data_ptr(), c, n * h * w, _pointer(weight), _pointer(bias), eps, training, mean.data_ptr(), rstd.data_ptr(),
-        _pointer(variance), y.data_ptr(), _threads(),
+        _pointer(variance), y.data_ptr(), _threads(4 * x.numel()),
     )  # fmt: skip
 
 
@@ -225,7 +241,7 @@ def batch_norm_backward(grad, x, weight, mean, rstd, training: bool, grad_x, gra
     n, c, h, w = x.shape
     _native.norm_backward(
         grad.data_ptr(), x.data_ptr(), c, n * h * w, _pointer(weight), mean.data_ptr(), rstd.data_ptr(), training,
-        _pointer(grad_x), _pointer(grad_weight), _pointer(grad_bias), _threads(),
+        _pointer(grad_x), _pointer(grad_weight), _pointer(grad_bias), _threads(4 * x.numel()),
     )  # fmt: skip
 
 
