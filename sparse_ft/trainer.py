@@ -175,6 +175,9 @@ class SparseTrainer(Trainer):
         args = self.args
         if not self.masks or (args.sparse_policy == "none" and chosen is None):
             return
+        if chosen is None and args.sparse_policy == "auto" and (args.bf16 or args.fp16):
+            self.announce("mixed precision: the native kernels compute in float32, so every layer stays dense")
+            return
         options: dict[str, Any] = {"min_sparsity": args.min_sparsity, "masks": self.masks}
         if chosen is None and args.process_index == 0:
             self.conversion_report = convert(

@@ -216,6 +216,16 @@ def test_announcements(tmp_path, capsys):
     assert "freed memory" in errors
 
 
+def test_mixed_precision_stays_dense_under_its_masks(tmp_path, capsys):
+    model = pruned(bert())
+    masks = mask_state(model)
+    trainer = make_trainer(model, tmp_path, log_level="warning", sparse_policy="auto", bf16=True)
+    trainer.train()
+    assert "mixed precision: the native kernels compute in float32" in capsys.readouterr().err
+    assert trainer.conversion_report is None
+    assert all(not trainer.model.get_parameter(name)[~mask].any() for name, mask in masks.items())
+
+
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"min_sparsity must be in \[0, 1\), not 1.0"):
         sparse_ft.SparseTrainingArguments(output_dir=str(tmp_path), min_sparsity=1.0)
