@@ -210,8 +210,9 @@ class _Entry:
         return self._sparse
 
     def result(self) -> LayerConversion:
+        kind = "Conv2d" if isinstance(self.module, LayoutConv2d) else type(self.module).__name__
         return LayerConversion(
-            self.name, type(self.module).__name__, self.shape, self.nnz, self.sparsity, self.converted, self.reason,
+            self.name, kind, self.shape, self.nnz, self.sparsity, self.converted, self.reason,
             self.dense_ms, self.sparse_ms,
         )  # fmt: skip
 
@@ -343,6 +344,7 @@ def _choose(candidates: _Candidates, shapes: dict[str, torch.Size] | None, polic
         return
     assert shapes is not None
     cache = TimingCache()
+
     def measure(entries: list[_Entry], *, inside: bool) -> None:
         for entry in entries:
             sparse = entry.sparse()

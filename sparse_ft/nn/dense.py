@@ -35,4 +35,4 @@ def layout_conv(module: nn.Module) -> bool:
 def stock_conv(module: nn.Module) -> None:
     """The inverse of `layout_conv`."""
     if type(module) is LayoutConv2d:
-        module.__class__ = nn.Conv2d
+        module.__class__ = nn.Conv2d  # type: ignore[assignment]

@@ -1,0 +1,440 @@
+"""What convert decides, says and leaves alone."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from zoo import bert, classified, gpt2, image, small_resnet
+
+import sparse_ft
+from sparse_ft import tune
+from sparse_ft.nn import BatchLastBatchNorm2d, SparseConv2d, SparseLinear, SparseModule
+
+
+def sparsify(module: nn.Module, sparsity: float = 0.9) -> nn.Module:
+    """Zeros in every weight of two dimensions and more."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.masked_fill_(torch.rand(parameter.shape) < sparsity, 0.0)
+    return module
+
+
+def small_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+def reasons(report: sparse_ft.ConversionReport) -> dict[str, str]:
+    return {layer.name: layer.reason for layer in report.layers}
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """Timings that are said, not measured: the dense form of a layer takes 1 ms, the sparse one `sparse_ms`."""
+
+    class Timings:
+        sparse_ms = 0.5
+        calls: list[tuple[str, bool]] = []
+
+        def __call__(self, layer, shape, *, inside=False):
+            self.calls.append((type(layer).__name__, inside))
+            return tune.LayerTiming(dense_ms=1.0, sparse_ms=self.sparse_ms)
+
+    timings = Timings()
+    timings.calls = []
+    monkeypatch.setattr(tune, "time_layer", timings)
+    return timings
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"policy": "sometimes"}, 'policy must be "auto" or "always", not \'sometimes\''),
+            ({"min_sparsity": 1.5}, r"min_sparsity must be in \[0, 1\], not 1.5"),
+            ({"min_sparsity": -0.1}, r"min_sparsity must be in \[0, 1\], not -0.1"),
+            ({"ignore": ["layer1.0.conv9"]}, r"'layer1.0.conv9' matches no .*did you mean 'layer1.0.conv"),
+            ({"ignore": ["re:nothing.*"]}, "'re:nothing.*' matches no"),
+            ({"ignore": "fc"}, "ignore must be a list of layer names, not the text 'fc'"),
+            ({"layers": ["layer9"]}, "no such layers to convert: layer9"),
+            ({"masks": {"fc.weight": torch.ones(3, 3) > 0}}, r"mask of fc.weight has shape \(3, 3\)"),
+        ],
+    )
+    def test_errors(self, arguments, message):
+        model = sparsify(small_resnet())
+        before = str(model)
+        with pytest.raises(ValueError, match=message):
+            sparse_ft.convert(model, **{"policy": "always", **arguments})
+        assert str(model) == before
+
+    def test_auto_without_an_input(self):
+        with pytest.raises(ValueError, match="give example_inputs"):
+            sparse_ft.convert(sparsify(small_cnn()))
+
+    def test_nothing_to_convert_needs_no_input(self):
+        report = sparse_ft.convert(small_cnn())
+        assert not report.converted and {layer.reason for layer in report.layers} == {"sparsity below 50%"}
+
+    def test_a_mask_that_would_lose_weights(self):
+        model = sparsify(small_cnn())
+        mask = model[9].weight != 0
+        mask[tuple(mask.nonzero()[0])] = False
+        with pytest.raises(ValueError, match=r"mask of 9\.weight leaves out 1 nonzero weights"):
+            sparse_ft.convert(model, policy="always", masks={"9.weight": mask})
+
+    def test_min_sparsity(self):
+        model = nn.Sequential(sparsify(nn.Linear(50, 50), 0.6), sparsify(nn.Linear(50, 50), 0.95), nn.Linear(50, 50))
+        assert sparse_ft.convert(copy.deepcopy(model), policy="always").converted == ["0", "1"]
+        assert sparse_ft.convert(copy.deepcopy(model), policy="always", min_sparsity=0.9).converted == ["1"]
+        report = sparse_ft.convert(copy.deepcopy(model), policy="always", min_sparsity=0.0)
+        assert report.converted == ["0", "1"] and reasons(report)["2"] == "no zeros"
+
+    @pytest.mark.parametrize("ignore", [["4", "9"], ["re:[49]"], ["4.weight", "module.9"]])
+    def test_ignore(self, ignore):
+        report = sparse_ft.convert(sparsify(small_cnn()), policy="always", ignore=ignore)
+        assert report.converted == ["0", "3"]
+        assert reasons(report)["4"] == reasons(report)["9"] == "ignored"
+
+    def test_chosen_layers(self):
+        model = sparsify(small_cnn())
+        report = sparse_ft.convert(model, layers=["4"])
+        assert report.converted == ["4"] and isinstance(model[4], SparseConv2d) and type(model[9]) is nn.Linear
+
+    def test_chosen_layers_that_have_no_sparse_form(self):
+        model = sparsify(gpt2())
+        with pytest.raises(ValueError, match="'lm_head' cannot be converted: tied to transformer.wte.weight"):
+            sparse_ft.convert(model, layers=["lm_head"])
+        with pytest.raises(ValueError, match="Conv1d has no sparse form"):
+            sparse_ft.convert(nn.Sequential(sparsify(nn.Conv1d(3, 3, 1))), layers=["0"])
+
+
+class TestWhatIsLeftDense:
+    def test_tied_weights(self):
+        model = sparsify(gpt2())
+        report = sparse_ft.convert(model, policy="always")
+        assert reasons(report)["lm_head"] == "tied to transformer.wte.weight"
+        assert model.lm_head.weight is model.transformer.wte.weight
+        pair = sparsify(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)))
+        pair[2].weight = pair[0].weight
+        report = sparse_ft.convert(pair, policy="always")
+        assert report.converted == ["1"]
+        assert reasons(report)["0"] == "tied to 2.weight" and reasons(report)["2"] == "tied to 0.weight"
+
+    def test_children_whose_weights_are_read(self):
+        model = nn.Sequential(
+            sparsify(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)), sparsify(nn.Linear(16, 16))
+        ).eval()
+        x = torch.randn(2, 5, 16)
+        with torch.no_grad():
+            want = model(x)  # the fused path, which takes the weights of linear1 and linear2
+            report = sparse_ft.convert(model, policy="always")
+            assert report.converted == ["1"]
+            torch.testing.assert_close(model(x), want)
+        assert "reads its weight" in reasons(report)["0.linear1"]
+        assert "reads its weight" in reasons(report)["0.self_attn.out_proj"]
+        attention = sparsify(nn.ModuleDict({"a": nn.MultiheadAttention(16, 2)}))
+        assert not sparse_ft.convert(attention, policy="always").converted
+
+    def test_weights_computed_from_others(self):
+        model = sparsify(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)))
+        model.append(nn.LazyLinear(6))
+        torch.nn.utils.prune.random_unstructured(model[0], "weight", 0.8)
+        torch.nn.utils.parametrizations.weight_norm(model[1])
+        report = sparse_ft.convert(model, policy="always")
+        assert report.converted == ["2"]
+        assert all("torch.nn.utils.prune.remove" in reasons(report)[name] for name in ("0", "1"))
+        assert reasons(report)["3"] == "its weight is not initialised yet"
+        assert "not initialised" in str(report) and json.dumps(report.to_dict())
+        model(torch.randn(3, 6)).sum().backward()
+        torch.nn.utils.prune.remove(model[0], "weight")
+        assert sparse_ft.convert(model, policy="always").converted == ["0"]
+
+    def test_forms_without_sparse_counterpart(self):
+        class Own(nn.Conv2d):
+            pass
+
+        model = sparsify(
+            nn.ModuleDict(
+                {
+                    "reflect": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+                    "own": Own(4, 4, 3),
+                    "conv1d": nn.Conv1d(4, 4, 3),
+                    "conv3d": nn.Conv3d(4, 4, 3),
+                    "conv2d": nn.Conv2d(4, 4, 3),
+                    "Conv1D": Conv1D(4, 4),
+                }
+            )
+        )
+        report = sparse_ft.convert(model, policy="always")
+        assert report.converted == ["conv2d", "Conv1D"]
+        assert reasons(report)["reflect"] == "padding mode 'reflect' has no sparse form"
+        assert reasons(report)["own"] == "Own has no sparse form"
+        assert reasons(report)["conv3d"] == "Conv3d has no sparse form"
+
+    def test_a_model_that_is_one_layer(self):
+        layer = sparsify(nn.Linear(8, 8))
+        report = sparse_ft.convert(layer, policy="always")
+        assert not report.converted and "from_dense" in report.layers[0].reason
+        sparse = SparseLinear.from_dense(layer)
+        assert torch.equal(sparse_ft.to_dense(sparse).weight, layer.weight)
+
+
+def test_a_module_used_twice():
+    shared = sparsify(nn.Linear(10, 10))
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+    x = torch.randn(4, 10)
+    dense = copy.deepcopy(model)
+    assert sparse_ft.convert(model, policy="always").converted == ["0"]
+    assert model[0] is model[2][0] and isinstance(model[0], SparseLinear)
+    torch.testing.assert_close(model(x), dense(x))
+    model(x).sum().backward()
+    dense(x).sum().backward()
+    torch.testing.assert_close(model[0].pattern.to_dense(model[0].weight.grad), dense[0].weight.grad * model[0].mask())
+    sparse_ft.to_dense(model)
+    assert model[0] is model[2][0] and type(model[0]) is nn.Linear
+
+
+def test_hooks_move_with_the_layer():
+    model, calls = sparsify(small_cnn()), []
+    forward = model[4].register_forward_hook(lambda module, args, output: calls.append("forward"))
+    model[4].register_full_backward_hook(lambda module, grad_in, grad_out: calls.append(len(grad_in)))
+    model[4].register_forward_pre_hook(lambda module, args, kwargs: calls.append("pre"), with_kwargs=True)
+    sparse_ft.convert(model, image(8), policy="auto")  # hooks of the user are not called by the measuring of a layer
+    sparse_ft.to_dense(sparse_ft.convert(model, layers=["4"]) and model)
+    sparse_ft.convert(model, layers=["4"])
+    calls.clear()
+    model(image(8)).sum().backward()
+    assert calls == ["pre", "forward", 1]
+    forward.remove()
+    calls.clear()
+    model(image(8)).sum().backward()
+    assert calls == ["pre", 1]
+
+
+def test_converting_again_adds_what_is_new():
+    model = sparsify(small_cnn())
+    assert sparse_ft.convert(model, layers=["0"]).converted == ["0"]
+    report = sparse_ft.convert(model, policy="always")
+    assert report.converted == ["3", "4", "9"] and {layer.kind for layer in report.layers} == {"Conv2d", "Linear"}
+    assert not sparse_ft.convert(model, policy="always").layers
+
+
+def test_norms_follow_sparse_convolutions():
+    model = sparsify(small_cnn())
+    sparse_ft.convert(model, policy="always", ignore=["0", "3", "4"])
+    assert type(model[1]) is nn.BatchNorm2d
+    sparse_ft.convert(model, policy="always")
+    assert type(model[1]) is BatchLastBatchNorm2d
+
+
+def test_wrapped_models_keep_their_names():
+    model = nn.DataParallel(sparsify(small_cnn()))
+    assert sparse_ft.convert(model, policy="always").converted == ["0", "3", "4", "9"]
+    assert isinstance(model.module[0], SparseConv2d)
+    assert sparse_ft.to_dense(model) is model and type(model.module[0]) is nn.Conv2d
+
+
+def test_report():
+    report = sparse_ft.convert(sparsify(small_cnn()), policy="always", ignore=["9"])
+    text = str(report)
+    assert text.startswith("3 of 4 layers run sparse (policy always)") and "12x8x1x1" in text and "ignored" in text
+    described = json.loads(json.dumps(report.to_dict()))
+    assert [layer["name"] for layer in described["layers"]] == ["0", "3", "4", "9"]
+    first = report.layers[0]
+    assert first.kind == "Conv2d" and first.shape == (8, 3, 3, 3) and first.converted
+    assert first.nnz == 216 - round(first.sparsity * 216)
+
+
+class TestAuto:
+    def test_keeps_the_faster_form(self, timings):
+        model = sparsify(small_cnn())
+        report = sparse_ft.convert(model, image(8))
+        assert report.converted == ["0", "3", "4", "9"]
+        assert reasons(report)["0"] == "measured faster" and report.layers[0].sparse_ms == 0.5
+        timings.sparse_ms = 2.0
+        model = sparsify(small_cnn())
+        report = sparse_ft.convert(model, image(9))
+        assert not report.converted and reasons(report)["0"] == "measured slower than dense"
+        assert not any(isinstance(module, SparseModule) for module in model.modules())
+        assert type(model[1]) is nn.BatchNorm2d
+
+    def test_a_depthwise_layer_joins_its_neighbours(self, timings):
+        model = small_cnn()
+        for i in (0, 4):
+            sparsify(model[i])
+        x, weight = image(8), model[3].weight.detach().clone()
+        want = model.eval()(x)
+        report = sparse_ft.convert(model, x)
+        assert report.converted == ["0", "3", "4"]
+        assert ("SparseConv2d", True) in timings.calls  # against a dense form between sparse ones
+        assert model[3].sparsity == 0.0 and torch.equal(model[3].dense_weight(), weight)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+
+    def test_a_depthwise_layer_alone_does_not(self, timings):
+        model = small_cnn()
+        sparsify(model[9])
+        report = sparse_ft.convert(model, image(8))
+        assert report.converted == ["9"] and reasons(report)["3"] == "sparsity below 50%"
+        assert not any(inside for _, inside in timings.calls)
+
+    def test_a_layer_that_is_not_called(self, timings):
+        class Partly(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.used, self.unused = sparsify(nn.Linear(6, 6)), sparsify(nn.Linear(6, 6))
+
+            def forward(self, x):
+                return self.used(input=x)  # by keyword
+
+        model = Partly()
+        report = sparse_ft.convert(model, torch.randn(3, 6))
+        assert report.converted == ["used"] and reasons(report)["unused"] == "not called with the example inputs"
+
+    def test_other_types_are_not_measured(self, timings):
+        report = sparse_ft.convert(sparsify(nn.Sequential(nn.Linear(6, 6))).double(), torch.randn(3, 6).double())
+        assert not timings.calls and "float64" in report.layers[0].reason
+
+    @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping", "none"])
+    def test_forms_of_example_inputs(self, timings, kind):
+        if kind in ("mapping", "none"):  # transformers models know what they take
+            report = sparse_ft.convert(sparsify(bert()), classified() if kind == "mapping" else None)
+        else:
+            x = image(32, 2)
+            report = sparse_ft.convert(sparsify(small_resnet()), x if kind == "tensor" else (x,))
+        assert len(report.converted) > 5
+
+    def test_each_distinct_layer_is_measured_once(self, timings, monkeypatch):
+        model = sparsify(nn.Sequential(*[nn.Linear(40, 40) for _ in range(4)]))
+        with torch.no_grad():
+            for layer in model:
+                layer.weight.copy_(model[0].weight)
+        sparse_ft.convert(copy.deepcopy(model), torch.randn(3, 40))
+        assert len(timings.calls) == 1
+        sparse_ft.convert(copy.deepcopy(model), torch.randn(3, 40))  # from the cache of the first
+        assert len(timings.calls) == 1
+        sparse_ft.convert(copy.deepcopy(model), torch.randn(4, 40))  # another shape
+        assert len(timings.calls) == 2
+        torch.set_num_threads(2)
+        sparse_ft.convert(copy.deepcopy(model), torch.randn(4, 40))
+        assert len(timings.calls) == 3
+        monkeypatch.setenv("SPARSE_FT_CACHE", str(tune.TimingCache().path.parent / "other"))
+        sparse_ft.convert(copy.deepcopy(model), torch.randn(4, 40))
+        assert len(timings.calls) == 4
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"{", b"[1, 2]", b'{"a": 3}', b'{"a": ["x", "y"]}', b"\xff\xfe\x00", b"null"]
+    )
+    def test_a_corrupt_cache_is_measured_anew(self, timings, content):
+        cache = tune.TimingCache()
+        cache.path.parent.mkdir(parents=True)
+        cache.path.write_bytes(content)
+        model = sparsify(nn.Sequential(nn.Linear(40, 40)))
+        sparse_ft.convert(copy.deepcopy(model), torch.randn(3, 40))
+        sparse_ft.convert(copy.deepcopy(model), torch.randn(3, 40))
+        assert len(timings.calls) == 1 and json.loads(cache.path.read_text())
+
+    def test_a_cache_that_cannot_be_written(self, timings, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("not a folder")
+        monkeypatch.setenv("SPARSE_FT_CACHE", str(tmp_path / "file"))
+        for _ in range(2):
+            model = sparsify(nn.Sequential(nn.Linear(40, 40)))
+            assert sparse_ft.convert(model, torch.randn(3, 40)).converted == ["0"]
+        assert len(timings.calls) == 2
+
+    def test_processes_add_to_one_cache(self, timings):
+        one, other = tune.TimingCache(), tune.TimingCache()
+        layers = [SparseLinear.from_dense(sparsify(nn.Linear(n, 8))) for n in (20, 30)]
+        for cache, layer in zip((one, other), layers, strict=True):
+            cache.get(layer, torch.Size((2, layer.in_features)), inside=False)
+            cache.save()
+        third = tune.TimingCache()
+        for layer in layers:
+            third.get(layer, torch.Size((2, layer.in_features)), inside=False)
+        assert len(timings.calls) == 2
+        assert [path.name for path in third.path.parent.iterdir()] == [third.path.name]  # no temporary file is left
+
+
+class TestLeavesAlone:
+    """Measuring runs the model and its layers; nothing of that may be seen afterwards."""
+
+    def snapshot(self, model: nn.Module) -> dict:
+        return {
+            "modes": [module.training for module in model.modules() if not list(module.children())][:6],
+            "buffers": {n: b.clone() for n, b in model.named_buffers() if "running" in n or "num_batches" in n},
+            "gradients": {
+                n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters() if p.dim() == 1
+            },
+            "trained": {n: p.requires_grad for n, p in model.named_parameters()},
+            "random": torch.get_rng_state(),
+        }
+
+    def assert_same(self, one, other):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            if isinstance(value, dict):
+                self.assert_same(value, other[key])
+            elif isinstance(value, torch.Tensor):
+                assert torch.equal(value, other[key]), key
+            else:
+                assert value == other[key], key
+
+    @pytest.mark.parametrize("policy", ["auto", "always"])
+    def test_everything_but_the_weights(self, policy):
+        model = sparsify(small_cnn()).train()
+        model[1].eval()
+        model[4].bias.requires_grad_(False)
+        model[0].weight.requires_grad_(False)
+        model(image(8)).sum().backward()
+        before = self.snapshot(model)
+        assert before["gradients"]["9.bias"] is not None
+        sparse_ft.convert(model, image(8) if policy == "auto" else None, policy=policy)
+        after = self.snapshot(model)
+        if policy == "auto":  # the snapshot itself made a batch
+            torch.set_rng_state(before["random"])
+            image(8)
+            before["random"] = torch.get_rng_state()
+        self.assert_same(before, after)
+
+    def test_without_gradients_around(self):
+        with torch.no_grad():
+            sparse_ft.convert(sparsify(small_cnn()), image(8))
+
+    def test_an_input_the_model_does_not_take(self):
+        model = sparsify(small_cnn()).train()
+        with pytest.raises(RuntimeError):
+            sparse_ft.convert(model, torch.randn(2, 5, 8, 8))
+        assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+
+    def test_training_goes_on_with_the_same_dropout(self):
+        losses = []
+        for policy in ("auto", "always"):
+            torch.manual_seed(3)
+            model = nn.Sequential(nn.Linear(20, 20), nn.Dropout(0.5), nn.Linear(20, 4))
+            sparsify(model)
+            x = torch.randn(8, 20)
+            sparse_ft.convert(model, x, policy=policy)
+            losses.append(model(x).square().sum().item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_measuring_gives_times_of_both_forms():
+    layer = SparseConv2d.from_dense(sparsify(nn.Conv2d(8, 8, 3, padding=1)))
+    for inside in (False, True):
+        timing = tune.time_layer(layer, torch.Size((4, 8, 6, 6)), inside=inside)
+        assert timing.dense_ms > 0 and timing.sparse_ms > 0
+    timing = tune.time_layer(SparseLinear.from_dense(sparsify(nn.Linear(8, 8))), torch.Size((4, 8)))
+    assert timing.dense_ms > 0 and timing.sparse_ms > 0
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+def test_to_dense_of_a_dense_model_changes_nothing():
+    model = small_cnn()
+    before = str(model)
+    assert sparse_ft.to_dense(model) is model and str(model) == before
