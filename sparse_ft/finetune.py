@@ -192,7 +192,7 @@ def finetune(
         trainer.announce(note)
     before = sparsity(model)
     output = trainer.train(resume_from_checkpoint=resume)
-    evaluation = trainer.evaluate()
+    evaluation = _final_evaluation(trainer)
     trainer.save_metrics("train", output.metrics, combined=False)
     trainer.save_metrics("eval", evaluation, combined=False)
     trainer.save_model()
@@ -237,6 +237,14 @@ def finetune(
         path.name for path in Path(result.output_dir).iterdir() if path.is_file() and not path.name.startswith("_")
     )
     return result
+
+
+def _final_evaluation(trainer: SparseTrainer) -> dict[str, float]:
+    """The evaluation of the last step, made now unless training ended with it."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if last is None or last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        return trainer.evaluate()
+    return {name: value for name, value in last.items() if name != "step"}
 
 
 def _compare(trainer: SparseTrainer, any_native: bool) -> tuple[StepComparison | None, str]:

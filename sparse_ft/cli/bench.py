@@ -62,27 +62,30 @@ def run(args: argparse.Namespace) -> None:
             sparse_ft.prune(model, args.sparsity)
         batch = example_batch(model, args.batch_size, image_size=args.image_size, seq_len=args.seq_len)
         conversion = sparse_ft.convert(model, batch, policy=args.policy, min_sparsity=args.min_sparsity)
-        if not conversion.converted:
+        if not conversion.converted and not any(layer.sparse_ms for layer in conversion.layers):
             reasons = sorted({layer.reason for layer in conversion.layers})
-            raise UsageError(f"no layer runs sparse ({'; '.join(reasons)}): prune with --sparsity, or --policy always")
-        steps = sparse_ft.compare_steps(model, batch, steps=args.steps, optimizer=args.optimizer)
+            raise UsageError(f"no layer can run sparse ({'; '.join(reasons)}): prune the model with --sparsity")
+        steps = None
+        if conversion.converted:
+            steps = sparse_ft.compare_steps(model, batch, steps=args.steps, optimizer=args.optimizer)
         if args.plot:
             plot(conversion, args.plot)
         options.print_result(out, Benchmark(conversion, steps), args.json)
 
 
 class Benchmark:
-    """Layers and whole steps."""
+    """Layers, and whole steps unless every layer was faster dense."""
 
-    def __init__(self, conversion: "ConversionReport", steps: "StepComparison"):
+    def __init__(self, conversion: "ConversionReport", steps: "StepComparison | None"):
         self.conversion = conversion
         self.steps = steps
 
     def to_dict(self) -> dict[str, Any]:
-        return {"layers": self.conversion.to_dict()["layers"], "step": self.steps.to_dict()}
+        return {"layers": self.conversion.to_dict()["layers"], "step": self.steps and self.steps.to_dict()}
 
     def __str__(self) -> str:
-        return f"{self.conversion}\n\n{self.steps}"
+        steps = self.steps or "no layer is faster sparse on this machine: the training step is the dense one"
+        return f"{self.conversion}\n\n{steps}"
 
 
 def plot(conversion: "ConversionReport", path: str | Path) -> None:

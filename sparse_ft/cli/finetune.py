@@ -149,8 +149,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     import torch
-    from transformers.utils import logging as transformers_logging
 
+    from sparse_ft.cli.models import quieten_loading
     from sparse_ft.data import load_data
     from sparse_ft.finetune import ModelChoice, discard_earlier_run, finetune
     from sparse_ft.interrupt import TrainingInterrupted
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     with options.figures_only(args.json) as out:
         if args.threads:
             torch.set_num_threads(args.threads)
-        transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
+        quieten_loading()
         training_args = training_arguments(args)
         _check_folder(args)
         data = load_data(

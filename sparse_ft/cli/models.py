@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from sparse_ft.hub import load_model, resolve
 
 
+def quieten_loading() -> None:
+    """No progress bars for reading and writing weights, which take a moment; training keeps its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def load_dense(args: argparse.Namespace) -> nn.Module:
     """The model that the options name, in dense form with its zeros."""
+    quieten_loading()
     return load_model(args.model, pretrained=args.pretrained, revision=args.revision)
 
 

@@ -26,11 +26,11 @@ def load_digits() -> datasets.DatasetDict:
     """
     table = np.loadtxt(_source_file(), delimiter=",")  # 64 pixels counted 0..16, then the digit
     pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    labels = table[:, -1].astype(int)
+    labels = table[:, -1].astype(int).tolist()
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])
     )
-    rows = {"image": [Image.fromarray(image) for image in pixels], "label": labels.tolist()}
+    rows = {"image": [Image.fromarray(image) for image in pixels], "label": labels}
     full = datasets.Dataset.from_dict(rows, features=features)
     train, test = stratified_holdout(labels, EVAL_FRACTION, SPLIT_SEED)
     return datasets.DatasetDict(train=full.select(train), test=full.select(test))

@@ -170,8 +170,9 @@ def test_bench(run, image_model, tmp_path):
     assert sum(layer["converted"] for layer in result["layers"]) == 14
     assert result["step"]["sparse_ms"] > 0
     status, out, err = run("bench", image_model, *options, "--plot", plot)
-    # On this machine no layer of a network so small may gain.
-    assert (status, plot.exists()) == (0, True) or "no layer runs sparse" in one_error(err, "bench")
+    assert status == 0, err
+    assert "training step: dense" in out or "no layer is faster sparse on this machine" in out
+    assert "<svg" in plot.read_text()
 
 
 def test_bench_of_a_text_model(run, text_model):
@@ -184,7 +185,7 @@ def test_bench_of_a_text_model(run, text_model):
 def test_bench_of_a_dense_model(run):
     status, _, err = run("bench", "timm/test_resnet", "--image-size", 32, "--batch-size", 2, "--no-keep-memory")
     assert status == 2
-    assert "no layer runs sparse (sparsity below 50%): prune with --sparsity" in one_error(err, "bench")
+    assert "no layer can run sparse (" in one_error(err, "bench")
 
 
 def test_env(run):

@@ -1,5 +1,7 @@
 """Small datasets on disk."""
 
+import io
+
 import numpy as np
 from PIL import Image
 
@@ -19,3 +21,10 @@ def write_images(folder, classes=("cat", "dog"), count=4, size=(12, 10)):
             pixels = generator.integers(0, 255, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+def png(shade, size=(6, 6)):
+    """The bytes of an image of one grey."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, (shade,) * 3).save(stream, "PNG")
+    return stream.getvalue()

@@ -3,8 +3,10 @@
 from collections import Counter
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from dataset_files import write_csv, write_images
+from dataset_files import png, write_csv, write_images
 from PIL import Image
 
 from sparse_ft.data import DataError, load_data
@@ -106,6 +108,14 @@ def test_parquet_keeps_class_names_and_image_bytes(tmp_path):
     assert data.train.labels == [0, 1, 1, 0]
     assert data.eval.name == "test"
     assert data.train.rows[0]["image"].size == (4, 4)
+
+
+def test_parquet_of_other_programs_holds_images_as_structs(tmp_path):
+    rows = {"image": [{"bytes": png(shade), "path": None} for shade in (0, 255)] * 10, "label": ["a", "b"] * 10}
+    pq.write_table(pa.table(rows), tmp_path / "images.parquet")
+    data = load_data(str(tmp_path / "images.parquet"))
+    assert data.task == "image-classification"
+    assert data.train.rows[0]["image"].getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_integer_classes_are_counted_from_zero(tmp_path):
