@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +33,11 @@ def staged(directory: str | Path) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix="_saving-", dir=directory))
         yield stage
+        mode = _usual_mode(stage)
         for source in sorted(path for path in stage.rglob("*") if path.is_file()):
             target = directory / source.relative_to(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
+            source.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
             os.replace(source, target)
     except SafetensorError as error:
         # safetensors reports a failed write in its own type, with the system's error number in the text.
@@ -50,6 +53,15 @@ def staged(directory: str | Path) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
         if created and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
+
+
+def _usual_mode(folder: Path) -> int:
+    """Permissions of a new file under the user's umask, which can only be read by making one."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _disk_full(directory: Path) -> OSError:

@@ -28,6 +28,16 @@ def test_files_replace_their_namesakes_and_others_stay(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["sub"]
 
 
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with staged(tmp_path) as stage:
+            save_file({"w": torch.zeros(2)}, stage / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_failure_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError), staged(tmp_path / "new" / "folder") as stage:
         (stage / "file").write_text("half")
