@@ -276,8 +276,8 @@ def render(results: dict) -> str:
     if "pattern" in results:
         build, read = results["pattern"]["build"], results["pattern"]["read"]
         parts.append(
-            f"Pattern of a 10 M parameter weight at 90 %: {build * 1e3:.0f} ms, {build / read:.1f} times one torch pass "
-            f"over it ({read * 1e3:.1f} ms)."
+            f"Pattern of a 10 M parameter weight at 90 %: {build * 1e3:.0f} ms, {build / read:.1f} times one torch "
+            f"pass over it ({read * 1e3:.1f} ms)."
         )
     return "\n\n".join(parts)
 
