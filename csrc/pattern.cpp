@@ -45,7 +45,7 @@ void fill_rows(const T* data, const float* weight, int64_t rows, int64_t cols, i
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t n = compact(data + r * cols, cols, found.data());
             const int64_t start = row_ptr[r];
-            std::memcpy(col + start, found.data(), size_t(n) * sizeof(int32_t));
+            if (n > 0) std::memcpy(col + start, found.data(), size_t(n) * sizeof(int32_t));
             if (values)
                 for (int64_t i = 0; i < n; ++i) values[start + i] = weight[r * cols + found[size_t(i)]];
         }

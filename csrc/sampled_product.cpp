@@ -119,7 +119,7 @@ class SampledProduct {
     void sum_tiles(int64_t tile_group, int64_t row_group) {
         const int64_t first = row_cut(row_group), last = row_cut(row_group + 1);
         float* sums = partial + tile_group * (tile_groups > 1 ? q.nnz : 0);
-        if (first < last)
+        if (p.row_ptr[first] < p.row_ptr[last])
             std::memset(sums + p.row_ptr[first], 0, size_t(p.row_ptr[last] - p.row_ptr[first]) * sizeof(float));
         const int64_t tiles = t.tiles();
         for (int64_t i = tiles * tile_group / tile_groups; i < tiles * (tile_group + 1) / tile_groups; ++i)
