@@ -106,7 +106,7 @@ def compare_steps(
         model: a model with sparse layers; on the way it is copied twice.
         batch: what its forward takes: a tensor, a sequence, or a dict of keyword arguments (with labels, the
             model's own loss is used).
-        steps: timed steps of each variant; None chooses 3 to 15.
+        steps: timed steps of each variant; None chooses 5 to 15.
         optimizer: "sgd" (momentum) or "adamw".
         dense: the opponent; None takes the same weights in dense form.
     """

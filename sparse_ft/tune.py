@@ -36,7 +36,7 @@ def interleaved_medians(
     """Median seconds of each variant; the variants take turns, so that a noisy machine is noisy to all alike.
 
     Args:
-        rounds: turns after one warm-up each; None chooses 3 to 15 from the time that the warm-up took.
+        rounds: turns after one warm-up each; None chooses 5 to 15 from the time that the warm-up took.
     """
     warm = 0.0
     for run in variants.values():
@@ -45,7 +45,7 @@ def interleaved_medians(
         run()
         warm += time.perf_counter() - start
     if rounds is None:
-        rounds = int(min(15, max(3, _BUDGET_S / max(warm, 1e-9))))
+        rounds = int(min(15, max(5, _BUDGET_S / max(warm, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
