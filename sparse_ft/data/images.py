@@ -161,26 +161,22 @@ def train_transform(spec: ImageSpec, augment: Augment, glyphs: bool = False) -> 
     ]
     if not glyphs:
         steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose([*steps, *_to_tensor(spec)])
+    return v2.Compose([*steps, v2.PILToTensor()])
 
 
 def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], Tensor]:
-    """Builds the transform for evaluation images: resize, cut out the centre, normalise."""
+    """Builds the transform for evaluation images: resize, cut out the centre."""
     interpolation = InterpolationMode(spec.interpolation)
     if spec.crop_pct is None:
         steps: list[nn.Module] = [v2.Resize(spec.size, interpolation, antialias=True)]
     else:
         shorter = math.floor(min(spec.size) / spec.crop_pct)
         steps = [v2.Resize(shorter, interpolation, antialias=True), v2.CenterCrop(spec.size)]
-    return v2.Compose([*steps, *_to_tensor(spec)])
-
-
-def _to_tensor(spec: ImageSpec) -> list[nn.Module]:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(spec.mean, spec.std)]
+    return v2.Compose([*steps, v2.PILToTensor()])
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Images of a split as `{"pixel_values": (C, H, W) float32, "labels": int}`.
+    """Images of a split as `{"pixel_values": (C, H, W) uint8, "labels": int}`; `ImageCollator` normalises them.
 
     Random transforms draw from a stream of their own that depends on (seed, epoch, row) alone. A run resumed in the
     middle of an epoch therefore sees the images that the uninterrupted run sees, however far ahead either loads.
@@ -242,12 +238,26 @@ def _random_stream(*key: int) -> Iterator[None]:
         generator.set_state(before)
 
 
-def collate_images(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stacks examples of `ImageDataset` to `pixel_values` (N, C, H, W) and `labels` (N,) int64."""
-    shapes = {tuple(example["pixel_values"].shape) for example in examples}
-    if len(shapes) > 1:
-        raise DataError(f"images of one batch have different shapes: {', '.join(map(str, sorted(shapes)))}")
-    batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
-    if "labels" in examples[0]:
-        batch["labels"] = torch.tensor([example["labels"] for example in examples])
-    return batch
+@dataclass(frozen=True)
+class ImageCollator:
+    """Batches examples of `ImageDataset`: `pixel_values` (N, C, H, W) float32, normalised, and `labels` (N,) int64.
+
+    A batch is normalised as a whole: image by image it would cost as much as the random crop.
+
+    Attributes:
+        mean, std: of channel values in 0..1.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        shapes = {tuple(example["pixel_values"].shape) for example in examples}
+        if len(shapes) > 1:
+            raise DataError(f"images of one batch have different shapes: {', '.join(map(str, sorted(shapes)))}")
+        pixels = torch.stack([example["pixel_values"] for example in examples]).float()
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std))
+        batch = {"pixel_values": pixels.sub_(mean).div_(std)}
+        if "labels" in examples[0]:
+            batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        return batch

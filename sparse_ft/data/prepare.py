@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import DataError
-from .images import Augment, ImageDataset, collate_images, eval_transform, image_spec, record_spec, train_transform
+from .images import Augment, ImageCollator, ImageDataset, eval_transform, image_spec, record_spec, train_transform
 from .load import Data
 from .texts import ensure_pad_token, resolve_length, tokenize_for_classification, tokenize_for_generation
 
@@ -79,7 +79,7 @@ def _prepare_images(
             data.train, column, train_transform(spec, augment, data.glyphs), channels=spec.channels, seed=seed
         ),
         eval=ImageDataset(data.eval, column, eval_transform(spec), channels=spec.channels),
-        collator=collate_images,
+        collator=ImageCollator(spec.mean, spec.std),
         processor=processor,
         compute_metrics=accuracy,
         preprocess_logits=predicted_class,
