@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test test-slow bench check format clean
 
 quickstart: $(VENV)/.installed  ## fine-tune the bundled sparse ResNet-20 on handwritten digits
-	$(BIN)/sparse-ft finetune --model resnet20-cifar10 --dataset digits --output-dir out/quickstart --overwrite
+	$(BIN)/sparse-ft finetune --model resnet20-cifar10 --dataset digits --batch-size 64 --epochs 6 --output-dir out/quickstart --overwrite
 
 test: $(VENV)/.installed  ## every fast test
 	$(BIN)/pytest -m "not slow"
