@@ -71,7 +71,7 @@ class SparseConv2d(SparseModule):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._report_once(x)
+        self._before_forward(x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if not is_batch_last(x):

@@ -63,7 +63,7 @@ class SparseLinear(SparseModule):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._report_once(x)
+        self._before_forward(x)
         return torch.ops.sparse_ft.linear(
             x, self.weight, self.bias, self.pattern.tensors, self.in_features, self.out_features
         )

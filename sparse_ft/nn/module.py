@@ -18,7 +18,8 @@ class SparseModule(nn.Module):
     and a frozen mask cannot regrow. It has two dimensions so that rules which spare one-dimensional
     parameters from weight decay (timm's, for one) treat it as the matrix that it is.
 
-    `state_dict()` gives, and `load_state_dict()` takes, the dense weight under the dense key.
+    `state_dict()` gives, and `load_state_dict()` takes, the dense weight under the dense key. As with any module,
+    what is written into a tensor of the state dict in place becomes the weight.
     """
 
     weight: nn.Parameter
@@ -31,6 +32,7 @@ class SparseModule(nn.Module):
         self.weight = nn.Parameter(values.reshape(-1, 1), requires_grad=like.requires_grad)
         self.register_parameter("bias", cast(nn.Parameter | None, bias))
         self._reported = False
+        self._given: tuple[Tensor, int, int] | None = None  # see _give
 
     @property
     def dense_shape(self) -> torch.Size:
@@ -53,6 +55,7 @@ class SparseModule(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """A dense copy of the weight, in `dense_shape`."""
+        self._take_back()
         dense = self.pattern.to_dense(self.weight.detach())
         return dense.t().contiguous() if self.stored_transposed else dense
 
@@ -65,8 +68,36 @@ class SparseModule(nn.Module):
         """None if the layer (given input `x`) runs on the native kernels, otherwise why not."""
         return native_reason(x, self.weight, self.bias)
 
-    def _report_once(self, x: Tensor) -> None:
-        if self._reported or torch.compiler.is_compiling() or x.device.type != "cpu":
+    def _give(self) -> Tensor:
+        """The dense weight for a state dict.
+
+        It is a copy, but users of state dicts write through them: timm's ModelEma averages that way. So the copy is
+        remembered until the layer is next used, which takes over what has been written until then.
+        """
+        dense = self.dense_weight()
+        if not dense.is_inference():  # such a tensor cannot be written in place later
+            self._given = dense, dense._version, self.weight._version
+        return dense
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        if self._given is None:
+            return
+        (dense, version, weight_version), self._given = self._given, None
+        if dense._version == version or self.weight._version != weight_version:
+            return  # as it was given, or out of date
+        oriented = dense.t() if self.stored_transposed else dense
+        self.weight.copy_(self.pattern.from_dense(oriented).reshape(-1, 1))
+
+    def __getstate__(self):
+        self._take_back()  # a copy of the layer is not written through the original's state dict
+        return self.__dict__.copy()
+
+    def _before_forward(self, x: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._take_back()
+        if self._reported or x.device.type != "cpu":
             return
         reason = self.native_reason(x)
         if reason:
@@ -75,7 +106,7 @@ class SparseModule(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.dense_weight()
+        destination[prefix + "weight"] = self._give()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = prefix + "weight"

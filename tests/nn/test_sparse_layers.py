@@ -7,7 +7,9 @@ import pytest
 import torch
 from pruned import FORMS, sparse_of, zeroed
 from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer
 
 from sparse_ft.nn import SparseConv2d, SparseLinear
@@ -85,6 +87,59 @@ def test_load_copies_or_assigns_as_torch_does(assign):
     assert (sparse.weight is before) != assign
     assert isinstance(sparse.weight, nn.Parameter) and sparse.weight.shape == before.shape
     assert torch.equal(sparse.dense_weight(), state["weight"])
+
+
+@pytest.mark.parametrize("form", ["linear", "Conv1D", "conv"])
+def test_what_is_written_into_the_state_dict_becomes_the_weight(form):
+    dense, x = make(form)
+    sparse, other = sparse_of(dense), sparse_of(dense)
+    for layer in (dense, sparse):
+        state = layer.state_dict()
+        state["weight"].mul_(0.5)
+        state["bias"].add_(1.0)
+    assert torch.equal(copy.deepcopy(sparse).dense_weight(), dense.weight)
+    torch.testing.assert_close(sparse(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(sparse.state_dict()["weight"], dense.weight)
+
+    state = other.state_dict()  # an old one, and a copy, are no longer the layer's
+    copy.deepcopy(state)["weight"].zero_()
+    with torch.no_grad():
+        other.weight.mul_(2.0)
+    state["weight"].zero_()
+    assert other(x).abs().sum() > 0 and torch.equal(other.weight, 4 * sparse.weight)
+    with torch.inference_mode():
+        other.state_dict()
+    other(x)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda model: ModelEmaV2(model, decay=0.5),
+        lambda model: ModelEmaV3(model, decay=0.5),
+        lambda model: ModelEmaV3(model, decay=0.5, foreach=False),
+        lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+    ],
+    ids=["timm", "timm foreach", "timm for loop", "torch"],
+)
+def test_moving_averages(average):
+    """timm's write into state dicts, torch's into parameters."""
+    dense = nn.Sequential(make("conv")[0], nn.Flatten(1), zeroed(nn.Linear(576, 3)))
+    sparse = nn.Sequential(sparse_of(dense[0]), nn.Flatten(1), sparse_of(dense[2]))
+    sparse = copy.deepcopy(sparse)
+    averages = []
+    for model in (dense, sparse):
+        averaged = average(model)
+        for factor in (2.0, 3.0, 4.0):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(factor)
+            (averaged.update if hasattr(averaged, "update") else averaged.update_parameters)(model)
+        averages.append(averaged.module)
+    x = make("conv")[1]
+    torch.testing.assert_close(averages[1](x), averages[0](x), rtol=1e-4, atol=1e-4)
+    for key, tensor in averages[0].state_dict().items():
+        torch.testing.assert_close(averages[1].state_dict()[key], tensor)
 
 
 def test_load_errors():
