@@ -24,10 +24,10 @@ constexpr int64_t kMaxTaps = 4096;  // kernel height x width
 // A grid of positions. Forward has one plane; the input gradient has one for each phase of the
 // stride, whose rows hold just the taps that reach it.
 struct Plane {
-    const int32_t* row_ptr;           // rows + 1 entries into col and perm
-    int64_t height, width;            // positions
-    int64_t dest_y, dest_x;           // destination of position (0, 0)
-    const int32_t *tap_y, *tap_x;     // source offset of each kernel row and column; kNoTap: not in this plane
+    const int32_t* row_ptr;        // rows + 1 entries into col and perm
+    int64_t height, width;         // positions
+    int64_t dest_y, dest_x;        // destination of position (0, 0)
+    const int32_t *tap_y, *tap_x;  // source offset of each kernel row and column; kNoTap: not in this plane
 };
 constexpr int32_t kNoTap = INT32_MIN;
 
@@ -45,13 +45,13 @@ struct Product {
     int64_t plane_count;
     const Plane* planes;
     int64_t nnz;
-    const int32_t* col;    // channel-in-group * taps + tap, strictly increasing within a row
+    const int32_t* col;  // channel-in-group * taps + tap, strictly increasing within a row
     const float* values;
-    const int32_t* perm;   // value of entry j is values[perm[j]]; null: values[j]
-    const float* bias;     // null: 0
-    View source, dest;     // dest may be null data in a sampled product
-    View grad;             // sampled product: G; unused otherwise
-    float* value_grad;     // sampled product: dw (nnz)
+    const int32_t* perm;  // value of entry j is values[perm[j]]; null: values[j]
+    const float* bias;    // null: 0
+    View source, dest;    // dest may be null data in a sampled product
+    View grad;            // sampled product: G; unused otherwise
+    float* value_grad;    // sampled product: dw (nnz)
     int threads;
 };
 
@@ -87,7 +87,7 @@ struct Kernels {
     void (*norm_forward)(const Norm&);
     void (*norm_backward)(const Norm&);
     void (*transpose)(const Transpose&);
-    double (*fma_peak)(double seconds);       // GF/s of one thread: FMA from registers
+    double (*fma_peak)(double seconds);                      // GF/s of one thread: FMA from registers
     double (*load_fma_peak)(int64_t bytes, double seconds);  // one vector load per FMA over a buffer of `bytes`
 };
 

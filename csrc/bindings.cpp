@@ -27,7 +27,7 @@ View view(Address data, const Four& stride) { return {at<float>(data), stride[0]
 
 // A convolution's description as Python holds it; a linear layer is a 1 x 1 convolution of one position.
 struct Convolution {
-    Four weight;  // (out_channels, in_channels / groups, kernel_h, kernel_w)
+    Four weight;                    // (out_channels, in_channels / groups, kernel_h, kernel_w)
     Two stride, padding, dilation;  // padding: rows above, columns left
     int64_t groups;
     int64_t out_per_group() const { return weight[0] / groups; }
@@ -40,8 +40,10 @@ void require(bool condition, const char* text) {
 void check(const Convolution& c) {
     for (int64_t size : c.weight) require(size >= 0 && size <= INT32_MAX, "a weight dimension is out of range");
     require(c.groups >= 1 && c.weight[0] % c.groups == 0, "out_channels is not divisible by groups");
-    require(c.weight[2] >= 1 && c.weight[3] >= 1 && c.weight[2] * c.weight[3] <= kMaxTaps, "kernel size is out of range");
-    require(c.weight[1] * c.weight[2] * c.weight[3] <= INT32_MAX, "a row of the weight is too long for 32-bit indices");
+    require(c.weight[2] >= 1 && c.weight[3] >= 1 && c.weight[2] * c.weight[3] <= kMaxTaps,
+            "kernel size is out of range");
+    require(c.weight[1] * c.weight[2] * c.weight[3] <= INT32_MAX,
+            "a row of the weight is too long for 32-bit indices");
     for (int i = 0; i < 2; ++i)
         require(c.stride[i] >= 1 && c.stride[i] <= 64 && c.dilation[i] >= 1 && c.dilation[i] <= (1 << 20) &&
                     c.dilation[i] * c.weight[size_t(2 + i)] <= (1 << 20) && c.padding[i] >= 0 &&
@@ -51,7 +53,8 @@ void check(const Convolution& c) {
 
 std::vector<int32_t> forward_taps(const Convolution& c, int axis) {
     std::vector<int32_t> taps(static_cast<size_t>(c.weight[size_t(2 + axis)]));
-    for (size_t k = 0; k < taps.size(); ++k) taps[k] = int32_t(int64_t(k) * c.dilation[size_t(axis)] - c.padding[size_t(axis)]);
+    for (size_t k = 0; k < taps.size(); ++k)
+        taps[k] = int32_t(int64_t(k) * c.dilation[size_t(axis)] - c.padding[size_t(axis)]);
     return taps;
 }
 
@@ -70,34 +73,53 @@ void raise(const char* problem) {
     if (problem != nullptr) throw std::invalid_argument(std::string("malformed sparse pattern: ") + problem);
 }
 
-void forward(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address y,
-             const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz, int threads) {
-    check(c);
-    const auto tap_y = forward_taps(c, 0), tap_x = forward_taps(c, 1);
-    const Plane plane{at<const int32_t>(row_ptr), out_size[0], out_size[1], 0, 0, tap_y.data(), tap_x.data()};
-    Product q{};
-    q.geometry = {size[0],     c.groups,    c.out_per_group(), c.weight[1], c.weight[2], c.weight[3], size[2],
-                  size[3],     c.stride[0], c.stride[1],       1,           1};
-    q.plane_count = 1;
-    q.planes = &plane;
-    q.nnz = nnz;
-    q.col = at<const int32_t>(col);
-    q.values = at<const float>(values);
-    q.bias = at<const float>(bias);
-    q.source = view(x, x_stride);
-    q.dest = view(y, y_stride);
-    q.threads = threads;
+// The forward direction of a convolution: the plane and taps that forward and weight gradient share.
+struct ForwardProduct {
+    std::vector<int32_t> tap_y, tap_x;
+    Plane plane;
+    Product product{};
+
+    ForwardProduct(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size,
+                   Address row_ptr, Address col, int64_t nnz, int threads)
+        : tap_y(forward_taps(c, 0)),
+          tap_x(forward_taps(c, 1)),
+          plane{at<const int32_t>(row_ptr), out_size[0], out_size[1], 0, 0, tap_y.data(), tap_x.data()} {
+        product.geometry = {size[0], c.groups, c.out_per_group(), c.weight[1], c.weight[2], c.weight[3],
+                            size[2], size[3],  c.stride[0],       c.stride[1], 1,           1};
+        product.plane_count = 1;
+        product.planes = &plane;
+        product.nnz = nnz;
+        product.col = at<const int32_t>(col);
+        product.source = view(x, x_stride);
+        product.threads = threads;
+    }
+    ForwardProduct(const ForwardProduct&) = delete;  // the product points into it
+};
+
+// Runs one kernel without the interpreter's lock; a malformed pattern becomes a ValueError.
+void run(const char* (*kernel)(const Product&), const Product& product) {
     const char* problem;
     {
         py::gil_scoped_release release;
-        problem = active_kernels().gather_product(q);
+        problem = kernel(product);
     }
     raise(problem);
 }
 
+void forward(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address y,
+             const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
+             int threads) {
+    check(c);
+    ForwardProduct f(c, size, x, x_stride, out_size, row_ptr, col, nnz, threads);
+    f.product.values = at<const float>(values);
+    f.product.bias = at<const float>(bias);
+    f.product.dest = view(y, y_stride);
+    run(active_kernels().gather_product, f.product);
+}
+
 void input_grad(const Convolution& c, const Four& size, Address grad, const Four& grad_stride, Two out_size,
-                Address grad_x, const Four& grad_x_stride, Address t_row_ptr, Address t_col, Address perm, Address values,
-                int64_t nnz, int threads) {
+                Address grad_x, const Four& grad_x_stride, Address t_row_ptr, Address t_col, Address perm,
+                Address values, int64_t nnz, int threads) {
     check(c);
     const int64_t channels = c.weight[1] * c.groups;
     std::vector<std::vector<int32_t>> taps_y, taps_x;
@@ -111,8 +133,8 @@ void input_grad(const Convolution& c, const Four& size, Address grad, const Four
                               size[3] > k ? (size[3] - k + c.stride[1] - 1) / c.stride[1] : 0, i, k,
                               taps_y[size_t(i)].data(), taps_x[size_t(k)].data()});
     Product q{};
-    q.geometry = {size[0],     c.groups, c.weight[1], c.out_per_group(), c.weight[2],  c.weight[3],
-                  out_size[0], out_size[1], 1,        1,                 c.stride[0], c.stride[1]};
+    q.geometry = {size[0],     c.groups, c.weight[1], c.out_per_group(), c.weight[2], c.weight[3], out_size[0],
+                  out_size[1], 1,        1,           c.stride[0],       c.stride[1]};
     q.plane_count = int64_t(planes.size());
     q.planes = planes.data();
     q.nnz = nnz;
@@ -122,36 +144,16 @@ void input_grad(const Convolution& c, const Four& size, Address grad, const Four
     q.source = view(grad, grad_stride);
     q.dest = view(grad_x, grad_x_stride);
     q.threads = threads;
-    const char* problem;
-    {
-        py::gil_scoped_release release;
-        problem = active_kernels().gather_product(q);
-    }
-    raise(problem);
+    run(active_kernels().gather_product, q);
 }
 
 void weight_grad(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address grad,
                  const Four& grad_stride, Address row_ptr, Address col, Address value_grad, int64_t nnz, int threads) {
     check(c);
-    const auto tap_y = forward_taps(c, 0), tap_x = forward_taps(c, 1);
-    const Plane plane{at<const int32_t>(row_ptr), out_size[0], out_size[1], 0, 0, tap_y.data(), tap_x.data()};
-    Product q{};
-    q.geometry = {size[0],     c.groups,    c.out_per_group(), c.weight[1], c.weight[2], c.weight[3], size[2],
-                  size[3],     c.stride[0], c.stride[1],       1,           1};
-    q.plane_count = 1;
-    q.planes = &plane;
-    q.nnz = nnz;
-    q.col = at<const int32_t>(col);
-    q.source = view(x, x_stride);
-    q.grad = view(grad, grad_stride);
-    q.value_grad = at<float>(value_grad);
-    q.threads = threads;
-    const char* problem;
-    {
-        py::gil_scoped_release release;
-        problem = active_kernels().sampled_product(q);
-    }
-    raise(problem);
+    ForwardProduct f(c, size, x, x_stride, out_size, row_ptr, col, nnz, threads);
+    f.product.grad = view(grad, grad_stride);
+    f.product.value_grad = at<float>(value_grad);
+    run(active_kernels().sampled_product, f.product);
 }
 
 PatternShape pattern_shape(const Convolution& c) {
@@ -194,8 +196,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("build_rows", [](Address weight, Address mask, int64_t rows, int64_t cols, Address row_ptr, Address col,
                            Address values, int threads) {
         py::gil_scoped_release release;
-        build_rows(at<const float>(weight), at<const uint8_t>(mask), rows, cols, at<int32_t>(row_ptr), at<int32_t>(col),
-                   at<float>(values), threads);
+        build_rows(at<const float>(weight), at<const uint8_t>(mask), rows, cols, at<int32_t>(row_ptr),
+                   at<int32_t>(col), at<float>(values), threads);
     });
     m.def("build_transpose", [](const Convolution& c, Address row_ptr, Address col, int64_t nnz, Address t_row_ptr,
                                 Address t_col, Address perm) {
@@ -230,30 +232,30 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         active_kernels().norm_forward(q);
     });
-    m.def("norm_backward", [](Address grad, Address x, int64_t channels, int64_t size, Address weight, Address mean,
-                              Address rstd, bool training, Address grad_x, Address grad_weight, Address grad_bias,
-                              int threads) {
-        Norm q{};
-        q.grad = at<const float>(grad);
-        q.x = at<const float>(x);
-        q.channels = channels;
-        q.size = size;
-        q.weight = at<const float>(weight);
-        q.mean = at<float>(mean);
-        q.rstd = at<float>(rstd);
-        q.training = training;
-        q.grad_x = at<float>(grad_x);
-        q.grad_weight = at<float>(grad_weight);
-        q.grad_bias = at<float>(grad_bias);
-        q.threads = threads;
-        py::gil_scoped_release release;
-        active_kernels().norm_backward(q);
-    });
+    m.def("norm_backward",
+          [](Address grad, Address x, int64_t channels, int64_t size, Address weight, Address mean, Address rstd,
+             bool training, Address grad_x, Address grad_weight, Address grad_bias, int threads) {
+              Norm q{};
+              q.grad = at<const float>(grad);
+              q.x = at<const float>(x);
+              q.channels = channels;
+              q.size = size;
+              q.weight = at<const float>(weight);
+              q.mean = at<float>(mean);
+              q.rstd = at<float>(rstd);
+              q.training = training;
+              q.grad_x = at<float>(grad_x);
+              q.grad_weight = at<float>(grad_weight);
+              q.grad_bias = at<float>(grad_bias);
+              q.threads = threads;
+              py::gil_scoped_release release;
+              active_kernels().norm_backward(q);
+          });
     m.def("transpose", [](Address from, Address to, Two batch, Two size, std::array<int64_t, 3> from_stride,
                           std::array<int64_t, 3> to_stride, int threads) {
-        const Transpose q{at<const float>(from), at<float>(to),  batch[0],     batch[1],     size[0],      size[1],
-                          from_stride[0],        from_stride[1], from_stride[2], to_stride[0], to_stride[1], to_stride[2],
-                          threads};
+        const Transpose q{
+            at<const float>(from), at<float>(to),  batch[0],     batch[1],     size[0],      size[1], from_stride[0],
+            from_stride[1],        from_stride[2], to_stride[0], to_stride[1], to_stride[2], threads};
         py::gil_scoped_release release;
         active_kernels().transpose(q);
     });
@@ -262,8 +264,10 @@ PYBIND11_MODULE(_native, m) {
     m.def("active_isa", [] { return std::string(active_kernels().name); });
     m.def("activate_isa", [](const std::string& name) { return activate_kernels(name.c_str()); });
     m.def("lanes", [] { return active_kernels().lanes; });
-    m.def("fma_peak", [](double seconds) { return active_kernels().fma_peak(seconds); },
-          "GF/s of one thread, fused multiply-adds from registers.");
-    m.def("load_fma_peak", [](int64_t bytes, double seconds) { return active_kernels().load_fma_peak(bytes, seconds); },
-          "GF/s of one thread, one vector load per fused multiply-add over a buffer of so many bytes.");
+    m.def(
+        "fma_peak", [](double seconds) { return active_kernels().fma_peak(seconds); },
+        "GF/s of one thread, fused multiply-adds from registers.");
+    m.def(
+        "load_fma_peak", [](int64_t bytes, double seconds) { return active_kernels().load_fma_peak(bytes, seconds); },
+        "GF/s of one thread, one vector load per fused multiply-add over a buffer of so many bytes.");
 }

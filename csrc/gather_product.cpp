@@ -150,8 +150,7 @@ class GatherProduct {
     const char* prepare_row(int64_t plane, int64_t row) {
         const Plane& p = q.planes[plane];
         int32_t* bounds = segment + segment_start[plane] + row * (tilings[plane].blocks + 1);
-        if (const char* text =
-                tables[plane].prepare(tilings[plane], g, p.row_ptr, row, q.nnz, q.col, offsets, bounds))
+        if (const char* text = tables[plane].prepare(tilings[plane], g, p.row_ptr, row, q.nnz, q.col, offsets, bounds))
             return text;
         if (q.perm == nullptr) return nullptr;
         for (int32_t j = p.row_ptr[row]; j < p.row_ptr[row + 1]; ++j) {
@@ -182,24 +181,15 @@ class GatherProduct {
         const int64_t stage_rows = t.blocks > 1 ? std::min(g.rows_per_group, last - first) : 16;
         float* stage = direct ? nullptr : stage_scratch.floats(size_t(stage_rows * tile.rows * padded));
 
-        for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
-            const int64_t group0 = chunk * t.groups_per_chunk;
-            const int64_t group1 = std::min(group0 + t.groups_per_chunk, g.groups);
-            const int64_t row0 = std::max(first, group0 * g.rows_per_group);
-            const int64_t row1 = std::min(last, group1 * g.rows_per_group);
-            if (row0 >= row1) continue;
-            for (int64_t block = 0; block < t.blocks; ++block) {
-                const int64_t channel = group0 * g.channels_per_group + block * t.block_channels;
-                const int64_t count = t.blocks > 1
-                                          ? std::min(t.block_channels, g.channels_per_group - block * t.block_channels)
-                                          : (group1 - group0) * g.channels_per_group;
+        for_each_panel(
+            t, g, first, last, [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
                 pack_panel(t, tile, g, q.source, channel, count, panel);
                 if (direct) {
                     float* out = d.data + row0 * d.c + (p.dest_y + tile.y * g.dest_step_y) * d.y +
                                  (p.dest_x + tile.x * g.dest_step_x) * d.x + tile.n;
                     kernel(set, block, row0, row1, panel, tile.rows, t.row_stride, out, d.c, g.dest_step_y * d.y,
                            q.bias);
-                    continue;
+                    return;
                 }
                 for (int64_t row = row0; row < row1; row += stage_rows) {
                     const int64_t end = std::min(row + stage_rows, row1);
@@ -213,8 +203,7 @@ class GatherProduct {
                         scatter_channels_last(g, p, tile, stage, padded, d, row, end - row);
                     }
                 }
-            }
-        }
+            });
     }
 };
 

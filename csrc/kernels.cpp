@@ -15,8 +15,15 @@ namespace sparse_ft {
 
 const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
     using namespace SPARSE_FT_ISA;
-    static const Kernels table{SPARSE_FT_TEXT(SPARSE_FT_ISA), kLanes,       gather_product, sampled_product, norm_forward,
-                               norm_backward,                 transpose_batches, fma_peak,       load_fma_peak};
+    static const Kernels table{SPARSE_FT_TEXT(SPARSE_FT_ISA),
+                               kLanes,
+                               gather_product,
+                               sampled_product,
+                               norm_forward,
+                               norm_backward,
+                               transpose_batches,
+                               fma_peak,
+                               load_fma_peak};
     return &table;
 }
 

@@ -104,7 +104,8 @@ void norm_backward(const Norm& q) {
         const float *x = q.x + c * q.size, *grad = q.grad + c * q.size;
         const float mean = q.mean[c], rstd = q.rstd[c];
         double sum_g = 0, sum_gx = 0;
-        if (q.training || q.grad_weight || q.grad_bias) two_sums(q.size, GradMoments{x, grad, splat(mean)}, &sum_g, &sum_gx);
+        if (q.training || q.grad_weight || q.grad_bias)
+            two_sums(q.size, GradMoments{x, grad, splat(mean)}, &sum_g, &sum_gx);
         if (q.grad_weight) q.grad_weight[c] = float(sum_gx * rstd);
         if (q.grad_bias) q.grad_bias[c] = float(sum_g);
         if (q.grad_x == nullptr) continue;

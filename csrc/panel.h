@@ -48,11 +48,13 @@ struct Tile {  // one tile's place: first sample, position row and column, and i
         rows = std::min(t.rows, p.height - y);
         cols = std::min(t.cols, p.width - x);
     }
-    int64_t run() const { return cols * lanes; }  // contiguous lanes of one position row (cols > 1 only with full lanes)
+    int64_t run() const {
+        return cols * lanes;
+    }  // contiguous lanes of one position row (cols > 1 only with full lanes)
 };
 
-inline void pack_row(const Tiling& t, const Tile& tile, const View& s, int64_t source_w, const float* row, int64_t phase,
-                     float* to) {
+inline void pack_row(const Tiling& t, const Tile& tile, const View& s, int64_t source_w, const float* row,
+                     int64_t phase, float* to) {
     // Only the columns that the clipped tile reaches are packed.
     const int64_t count = tile.cols + t.x.reach;
     const int64_t step = t.x.step, first = t.x.source(tile.x, phase, 0);
@@ -112,10 +114,28 @@ inline void pack_panel(const Tiling& t, const Tile& tile, const Geometry& g, con
     }
 }
 
+// Calls body(row0, row1, block, channel, count) for every panel that rows [first, last) need: which of them read
+// it, which block of their reduction it is, and the source channels that it holds.
+template <class Body>
+void for_each_panel(const Tiling& t, const Geometry& g, int64_t first, int64_t last, Body body) {
+    for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
+        const int64_t group0 = chunk * t.groups_per_chunk;
+        const int64_t group1 = std::min(group0 + t.groups_per_chunk, g.groups);
+        const int64_t row0 = std::max(first, group0 * g.rows_per_group);
+        const int64_t row1 = std::min(last, group1 * g.rows_per_group);
+        if (row0 >= row1) continue;
+        const int64_t channels = (group1 - group0) * g.channels_per_group;
+        for (int64_t block = 0; block < t.blocks; ++block) {
+            const int64_t start = t.blocks > 1 ? block * t.block_channels : 0;
+            const int64_t count = t.blocks > 1 ? std::min(t.block_channels, channels - start) : channels;
+            body(row0, row1, block, group0 * g.channels_per_group + start, count);
+        }
+    }
+}
+
 // Null, or what is wrong with the first and the last row pointer: entries outside them would be left out.
 inline const char* check_ends(int32_t first, int32_t last, int64_t nnz) {
-    return first == 0 && last == nnz ? nullptr
-                                     : "row pointers do not start at 0 and end at the number of nonzeros";
+    return first == 0 && last == nnz ? nullptr : "row pointers do not start at 0 and end at the number of nonzeros";
 }
 
 // Panel offset of every entry of one plane, checked on the way: a malformed pattern is found here,
@@ -138,7 +158,8 @@ struct OffsetTable {
     const char* prepare(const Tiling& t, const Geometry& g, const int32_t* row_ptr, int64_t row, int64_t nnz,
                         const int32_t* col, int32_t* offsets, int32_t* segment) const {
         const int32_t begin = row_ptr[row], end = row_ptr[row + 1];
-        if (begin < 0 || end < begin || end > nnz) return "row pointers are not ascending within the number of nonzeros";
+        if (begin < 0 || end < begin || end > nnz)
+            return "row pointers are not ascending within the number of nonzeros";
         const int64_t group = row / g.rows_per_group;
         const int32_t base = int32_t(group % t.groups_per_chunk * g.channels_per_group * t.channel_stride);
         const int64_t cols = int64_t(offset.size());

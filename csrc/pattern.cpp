@@ -107,12 +107,15 @@ void build_transpose(const PatternShape& s, const int32_t* row_ptr, const int32_
 }
 
 const char* validate_rows(const int32_t* row_ptr, int64_t rows, const int32_t* col, int64_t nnz, int64_t cols) {
-    if (row_ptr[0] != 0 || row_ptr[rows] != nnz) return "row pointers do not start at 0 and end at the number of nonzeros";
+    if (row_ptr[0] != 0 || row_ptr[rows] != nnz)
+        return "row pointers do not start at 0 and end at the number of nonzeros";
     for (int64_t r = 0; r < rows; ++r) {
-        if (row_ptr[r + 1] < row_ptr[r] || row_ptr[r + 1] > nnz) return "row pointers are not ascending within the number of nonzeros";
+        if (row_ptr[r + 1] < row_ptr[r] || row_ptr[r + 1] > nnz)
+            return "row pointers are not ascending within the number of nonzeros";
         int32_t before = -1;
         for (int32_t j = row_ptr[r]; j < row_ptr[r + 1]; ++j) {
-            if (col[j] <= before || col[j] >= cols) return "column indices are out of range or not ascending within a row";
+            if (col[j] <= before || col[j] >= cols)
+                return "column indices are out of range or not ascending within a row";
             before = col[j];
         }
     }

@@ -9,9 +9,7 @@ namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 namespace {
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 template <class Body>  // best rate of repeated short runs within `seconds`
 double best_rate(double seconds, double flops, Body body) {

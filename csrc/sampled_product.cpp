@@ -76,8 +76,8 @@ class SampledProduct {
         {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < rows; ++row)
-                if (const char* text = table.prepare(t, g, p.row_ptr, row, q.nnz, q.col, offsets,
-                                                     segment + row * (t.blocks + 1)))
+                if (const char* text =
+                        table.prepare(t, g, p.row_ptr, row, q.nnz, q.col, offsets, segment + row * (t.blocks + 1)))
                     problem = text;
             if (problem.load() == nullptr) {
 #pragma omp for schedule(static)
@@ -134,36 +134,26 @@ class SampledProduct {
         const bool direct = d.n == 1 && run == padded && (tile.cols == 1 || d.x == tile.lanes);
         const int64_t stage_rows = direct ? 1 : 16;
         float* stage = direct ? nullptr : stage_scratch.floats(size_t(stage_rows * tile.rows * padded));
-        for (int64_t chunk = 0; chunk < t.chunks; ++chunk) {
-            const int64_t group0 = chunk * t.groups_per_chunk;
-            const int64_t group1 = std::min(group0 + t.groups_per_chunk, g.groups);
-            const int64_t row0 = std::max(first, group0 * g.rows_per_group);
-            const int64_t row1 = std::min(last, group1 * g.rows_per_group);
-            if (row0 >= row1) continue;
-            for (int64_t block = 0; block < t.blocks; ++block) {
-                const int64_t channel = group0 * g.channels_per_group + block * t.block_channels;
-                const int64_t count = t.blocks > 1
-                                          ? std::min(t.block_channels, g.channels_per_group - block * t.block_channels)
-                                          : (group1 - group0) * g.channels_per_group;
-                pack_panel(t, tile, g, q.source, channel, count, panel);
-                for (int64_t row = row0; row < row1; row += stage_rows) {
-                    const int64_t end = std::min(row + stage_rows, row1);
-                    if (!direct) stage_grad(tile, row, end, padded, stage);
-                    for (int64_t r = row; r < end; ++r) {
-                        const RowLanes lanes =
-                            direct ? RowLanes{d.data + r * d.c + tile.y * d.y + tile.x * d.x + tile.n, d.y}
-                                   : RowLanes{stage + (r - row) * tile.rows * padded, padded};
-                        const int32_t* bounds = segment + r * (t.blocks + 1) + block;
-                        int32_t j = bounds[0];
-                        for (; j + 8 <= bounds[1]; j += 8)
-                            dot_group<8>(lanes, panel, t.row_stride, tile.rows, run, offsets + j, sums + j);
-                        if (j < bounds[1])
-                            kDotKernels[bounds[1] - j](lanes, panel, t.row_stride, tile.rows, run, offsets + j,
-                                                       sums + j);
-                    }
-                }
-            }
-        }
+        for_each_panel(t, g, first, last,
+                       [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
+                           pack_panel(t, tile, g, q.source, channel, count, panel);
+                           for (int64_t row = row0; row < row1; row += stage_rows) {
+                               const int64_t end = std::min(row + stage_rows, row1);
+                               if (!direct) stage_grad(tile, row, end, padded, stage);
+                               for (int64_t r = row; r < end; ++r) {
+                                   const RowLanes lanes =
+                                       direct ? RowLanes{d.data + r * d.c + tile.y * d.y + tile.x * d.x + tile.n, d.y}
+                                              : RowLanes{stage + (r - row) * tile.rows * padded, padded};
+                                   const int32_t* bounds = segment + r * (t.blocks + 1) + block;
+                                   int32_t j = bounds[0];
+                                   for (; j + 8 <= bounds[1]; j += 8)
+                                       dot_group<8>(lanes, panel, t.row_stride, tile.rows, run, offsets + j, sums + j);
+                                   if (j < bounds[1])
+                                       kDotKernels[bounds[1] - j](lanes, panel, t.row_stride, tile.rows, run,
+                                                                  offsets + j, sums + j);
+                               }
+                           }
+                       });
     }
 
     // Rows [row, end) of G for this tile, as [row][tile row][padded run].

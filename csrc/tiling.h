@@ -51,11 +51,11 @@ struct Tiling {
     static constexpr int64_t kMaxChannelFloats = int64_t(1) << 28;  // and so offsets fit in 32 bits
 
     Axis y, x;
-    int64_t lanes, cols, rows;         // of a full tile
-    int64_t panel_cols, panel_rows;    // per phase
+    int64_t lanes, cols, rows;                          // of a full tile
+    int64_t panel_cols, panel_rows;                     // per phase
     int64_t column_stride, row_stride, channel_stride;  // floats in the panel
-    int64_t block_channels;            // channels of one panel; a reduction over more is done in blocks
-    int64_t blocks;                    // per group chunk
+    int64_t block_channels;  // channels of one panel; a reduction over more is done in blocks
+    int64_t blocks;          // per group chunk
     int64_t groups_per_chunk, chunks;
     int64_t batch_tiles, y_tiles, x_tiles;
 
@@ -84,7 +84,8 @@ struct Tiling {
         row_stride = std::max<int64_t>(x.phase_count(), 1) * panel_cols * lanes;
         channel_stride = std::max<int64_t>(y.phase_count(), 1) * panel_rows * row_stride;
         if (channel_stride > kMaxChannelFloats)
-            throw std::length_error("dilation times kernel size is too large: one channel of a tile takes over a gigabyte");
+            throw std::length_error(
+                "dilation times kernel size is too large: one channel of a tile takes over a gigabyte");
         const int64_t fit = std::max<int64_t>(1, budget / 4 / std::max<int64_t>(channel_stride, 1));
         if (fit >= channels) {
             block_channels = channels;

@@ -233,7 +233,7 @@ class _Candidates:
                 entry.reason = "ignored"
             elif not entry.obstacle and (entry.sparsity < min_sparsity or entry.sparsity == 0.0):
                 entry.reason = f"sparsity below {min_sparsity:.0%}" if min_sparsity else "no zeros"
-                entry.joins = _is_depthwise(module)
+                entry.joins = _is_depthwise(module) and entry.sparsity == 0.0
             self.entries[name] = entry
         self.eligible = {name: entry for name, entry in self.entries.items() if not entry.reason}
         if any(isinstance(entry.module, nn.Conv2d) for entry in self.eligible.values()):
