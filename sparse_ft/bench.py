@@ -96,7 +96,7 @@ def _faults(run: Callable[[], None]) -> int:
 
 
 def compare_steps(
-    model: nn.Module, batch: Any, *, steps: int | None = 5, optimizer: str = "sgd", dense: nn.Module | None = None
+    model: nn.Module, batch: Any, *, steps: int = 5, optimizer: str = "sgd", dense: nn.Module | None = None
 ) -> StepComparison:
     """Times whole training steps of a converted model against its dense form, taking turns.
 
@@ -106,10 +106,15 @@ def compare_steps(
         model: a model with sparse layers; on the way it is copied twice.
         batch: what its forward takes: a tensor, a sequence, or a dict of keyword arguments (with labels, the
             model's own loss is used).
-        steps: timed steps of each variant; None chooses 5 to 15.
+        steps: timed steps of each variant.
         optimizer: "sgd" (momentum) or "adamw".
         dense: the opponent; None takes the same weights in dense form.
+
+    Raises:
+        ValueError: for an unknown optimizer, or less than one step.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
     sparse = copy.deepcopy(model)
     dense = to_dense(copy.deepcopy(model)) if dense is None else copy.deepcopy(dense)
     images = any(isinstance(module, nn.Conv2d) for module in dense.modules())
@@ -128,5 +133,5 @@ def compare_steps(
         variants=milliseconds,
         page_faults={name: _faults(run) for name, run in variants.items()},
         threads=torch.get_num_threads(),
-        rounds=steps or 0,
+        rounds=steps,
     )
