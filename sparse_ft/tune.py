@@ -73,7 +73,6 @@ def _trainable_copy(layer: nn.Module) -> nn.Module:
     layer = copy.deepcopy(layer)
     for parameter in layer.parameters():
         parameter.requires_grad_(True)
-        parameter.grad = None
     return layer
 
 
