@@ -19,7 +19,7 @@ from sparse_ft.nn import SparseConv2d, SparseModule, layout_conv
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, active_isa
 
 _BUDGET_S = 0.4  # for the repetitions of one layer, all its forms together
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Dense convolutions beside sparse ones: the stock results in every layout."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -43,3 +45,19 @@ def test_unbatched_input() -> None:
     expected = conv(x)
     layout_conv(conv)
     torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, BATCH_LAST])
+def test_timm_padding_and_pickle(layout: int) -> None:
+    from timm.layers import Conv2dSame
+
+    torch.manual_seed(0)
+    conv = Conv2dSame(4, 4, 3, stride=2, groups=4)
+    x = torch.randn(6, 4, 9, 7)
+    expected = conv(x)
+    assert layout_conv(conv) and isinstance(conv, LayoutConv2d)
+    y = pickle.loads(pickle.dumps(conv))(torch.ops.sparse_ft.to_layout(x, layout))
+    torch.testing.assert_close(y, expected)
+    assert is_batch_last(y) == (layout == BATCH_LAST)
+    stock_conv(conv)
+    assert type(conv) is Conv2dSame
