@@ -219,6 +219,16 @@ def measure_pattern() -> dict[str, float]:
     )
 
 
+def rivals_table(measured: dict, what: str) -> str:
+    rows = [
+        [f"{float(sparsity):.0%}", name, f"{seconds * 1e3:.1f}", f"{seconds / medians['sparse_ft']:.2f}"]
+        for sparsity, medians in measured.items()
+        for name, seconds in medians.items()
+    ]
+    inputs, outputs, tokens = LINEAR
+    return markdown_table([f"linear {inputs}→{outputs}, {tokens} tokens", "package", what, "× sparse_ft"], rows)
+
+
 def render(results: dict) -> str:
     parts = [markdown_table(["machine", ""], [[k, v] for k, v in results["machine"].items()])]
     peak = results["roofs"]["FMA from registers"]
@@ -246,22 +256,8 @@ def render(results: dict) -> str:
         )
     if "layers" in results:
         layers = results["layers"]
-        rows = []
-        for sparsity, medians in layers["linear"].items():
-            ours = medians["sparse_ft"]
-            rows += [
-                [f"{float(sparsity):.0%}", name, f"{s * 1e3:.1f}", f"{s / ours:.2f}"] for name, s in medians.items()
-            ]
-        title = ["linear 768→3072, 2048 tokens", "package", "forward + backward, ms", "× sparse_ft"]
-        parts.append(markdown_table(title, rows))
-        rows = []
-        for sparsity, medians in layers["csr"].items():
-            ours = medians["sparse_ft"]
-            rows += [
-                [f"{float(sparsity):.0%}", name, f"{s * 1e3:.1f}", f"{s / ours:.2f}"] for name, s in medians.items()
-            ]
-        title = ["linear 768→3072, 2048 tokens", "package", "forward only, ms", "× sparse_ft"]
-        parts.append(markdown_table(title, rows))
+        parts.append(rivals_table(layers["linear"], "forward + backward, ms"))
+        parts.append(rivals_table(layers["csr"], "forward only, ms"))
         threads = int(results["machine"]["threads"])
         names = ("forward", "input_grad", "weight_grad")
         parts.append(

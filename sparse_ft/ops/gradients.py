@@ -1,8 +1,8 @@
 """Gradients of the operators.
 
 Each operator's Autograd kernel is a `torch.autograd.Function` that calls the operator again below autograd.
-`torch.library.register_autograd` would do the same by way of generic tree flattening, at some 150 microseconds a
-call, which a small layer's products do not take themselves.
+`torch.library.register_autograd` would do the same by way of generic tree flattening, which took a third of a small
+layer's forward and backward (about 0.1 of 0.3 ms).
 """
 
 import math
