@@ -1,30 +1,31 @@
 """Fine-tune sparse networks on ordinary CPUs, faster than dense ones."""
 
 import importlib
+import sys
 from typing import Any
-
-from sparse_ft.convert import convert, to_dense  # at once: the function and its module share a name
 
 __version__ = "0.1.0"
 
-# Public name -> module. Loaded on first use, so that `import sparse_ft` costs little more than torch.
+# Public name -> module. Loaded on first use: `import sparse_ft` alone does not import torch, which takes seconds.
 _PUBLIC = {
-    "ConversionReport": "sparse_ft.convert",
+    "ConversionReport": "sparse_ft.conversion",
     "SparseTrainer": "sparse_ft.trainer",
     "SparseTrainingArguments": "sparse_ft.trainer",
     "SparsityReport": "sparse_ft.masks",
     "StepComparison": "sparse_ft.bench",
     "compare_steps": "sparse_ft.bench",
+    "convert": "sparse_ft.conversion",
     "freeze_masks": "sparse_ft.nn",
     "from_pretrained": "sparse_ft.hub",
     "prune": "sparse_ft.masks",
     "push_to_hub": "sparse_ft.hub",
     "save_pretrained": "sparse_ft.hub",
     "sparsity": "sparse_ft.masks",
+    "to_dense": "sparse_ft.conversion",
 }
 _MODULES = ("bench", "hub", "masks", "nn", "ops", "report")
 
-__all__ = ["__version__", "convert", "to_dense", *_PUBLIC, *_MODULES]
+__all__ = ["__version__", *_PUBLIC, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,3 +41,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "torch" in sys.modules:
+    # The operators are there as soon as torch and this package are; otherwise with the first name that is used.
+    importlib.import_module("sparse_ft.ops")

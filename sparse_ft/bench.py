@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.convert import to_dense
+from sparse_ft.conversion import to_dense
 from sparse_ft.tune import interleaved_medians
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -32,7 +32,7 @@ from sparse_ft.checkpoint import (
     read_sparse_state,
     write_masks_beside,
 )
-from sparse_ft.convert import ConversionReport, convert, to_dense
+from sparse_ft.conversion import ConversionReport, convert, to_dense
 from sparse_ft.hub.save import INFO_FILE, save_pretrained
 from sparse_ft.hub.timm_models import is_timm_model
 from sparse_ft.interrupt import InterruptRequest, TrainingInterrupted

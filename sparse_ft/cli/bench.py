@@ -9,7 +9,7 @@ from sparse_ft.cli.errors import UsageError
 
 if TYPE_CHECKING:
     from sparse_ft.bench import StepComparison
-    from sparse_ft.convert import ConversionReport
+    from sparse_ft.conversion import ConversionReport
 
 EXAMPLES = """  sparse-ft bench out/resnet18-90
   sparse-ft bench timm/resnet18 --sparsity 0.95 --batch-size 32 --image-size 224 --threads 2

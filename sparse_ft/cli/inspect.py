@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_ft.cli import options
 
 if TYPE_CHECKING:
-    from sparse_ft.convert import ConversionReport
+    from sparse_ft.conversion import ConversionReport
     from sparse_ft.masks import SparsityReport
 
 EXAMPLES = """  sparse-ft inspect out/resnet18-90

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparse_ft.convert import convert as convert_layers
+from sparse_ft.conversion import convert as convert_layers
 
 from . import compact, timm_models, transformers_models
 from .bitmap import MASK_FILE, read_masks

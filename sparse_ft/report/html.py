@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from sparse_ft.atomic import replacing
 from sparse_ft.bench import StepComparison
-from sparse_ft.convert import ConversionReport
+from sparse_ft.conversion import ConversionReport
 from sparse_ft.masks import SparsityReport
 
 from .plots import MAX_BARS, layer_times, loss_curves, metric_curves, sparsity_bars

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparse_ft.convert import LayerConversion
+from sparse_ft.conversion import LayerConversion
 from sparse_ft.masks import LayerSparsity
 
 MAX_BARS = 40

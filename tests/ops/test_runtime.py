@@ -32,7 +32,7 @@ def test_environment_forces_an_instruction_set():
 
 
 def test_an_unknown_instruction_set_is_one_clear_error():
-    result = _python("import sparse_ft", SPARSE_FT_ISA="avx1024")
+    result = _python("import sparse_ft.ops", SPARSE_FT_ISA="avx1024")
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: ") and "'avx1024'" in last and "'portable'" in last

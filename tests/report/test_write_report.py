@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_ft.convert import ConversionReport, LayerConversion
+from sparse_ft.conversion import ConversionReport, LayerConversion
 from sparse_ft.masks import SparsityReport, prune
 from sparse_ft.report import write_report
 

@@ -9,7 +9,7 @@ from tiny import bert, losses, make_trainer, pruned, resnet, timm_resnet
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from sparse_ft.convert import convert
+from sparse_ft.conversion import convert
 from sparse_ft.masks import mask_state
 
 # What each optimizer of Trainer needs beside torch and transformers.

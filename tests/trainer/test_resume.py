@@ -10,7 +10,7 @@ from tiny import bert, losses, make_trainer, pruned, resnet, timm_resnet
 from transformers import TrainerCallback
 
 from sparse_ft.checkpoint import CheckpointError, last_checkpoint
-from sparse_ft.convert import convert
+from sparse_ft.conversion import convert
 from sparse_ft.data import load_data, prepare
 from sparse_ft.interrupt import TrainingInterrupted
 from sparse_ft.masks import mask_state
