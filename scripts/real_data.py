@@ -35,12 +35,13 @@ from torch import Tensor, nn
 import sparse_ft
 from sparse_ft import SparseTrainer, SparseTrainingArguments, ops
 from sparse_ft.atomic import replacing
-from sparse_ft.bench import compare_steps, training_step
+from sparse_ft.bench import compare_steps
 from sparse_ft.data import Data, load_data, prepare
 from sparse_ft.finetune import ModelChoice, load_for_training, make_trainer
 from sparse_ft.masks import mask_state, prune
 from sparse_ft.memory import keep_freed_memory
 from sparse_ft.nn import SparseModule
+from sparse_ft.steps import training_step
 from sparse_ft.tune import interleaved_medians
 
 IMAGENETTE_IN_IMAGENET = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)

@@ -2,20 +2,16 @@
 
 import copy
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_ft.conversion import to_dense
+from sparse_ft.steps import to_channels_last, training_step
 from sparse_ft.tune import interleaved_medians
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
-}
 
 
 @dataclass(frozen=True)
@@ -47,46 +43,6 @@ class StepComparison:
             f"training step: dense {self.dense_ms:.1f} ms, sparse {self.sparse_ms:.1f} ms, "
             f"{self.speedup:.2f} times as fast ({self.threads} threads, medians of {self.rounds})"
         )
-
-
-def _to_channels_last(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
-    if isinstance(batch, Mapping):
-        return {key: _to_channels_last(value) for key, value in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return [_to_channels_last(value) for value in batch]
-    return batch
-
-
-def loss_of(outputs: Any) -> Tensor:
-    """A scalar that every output depends on: the model's own loss if it gives one, else the mean square."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    if loss is not None:
-        return loss
-    first = outputs if isinstance(outputs, Tensor) else outputs[0]
-    return first.float().square().mean()
-
-
-def training_step(model: nn.Module, batch: Any, optimizer: str = "sgd") -> Callable[[], None]:
-    """A function that trains `model` for one step on `batch` (tensor, sequence, or dict of keyword arguments)."""
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
-    update = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
-    model.train()
-
-    def step() -> None:
-        if isinstance(batch, Mapping):
-            outputs = model(**batch)
-        elif isinstance(batch, Tensor):
-            outputs = model(batch)
-        else:
-            outputs = model(*batch)
-        loss_of(outputs).backward()
-        update.step()
-        update.zero_grad(set_to_none=True)
-
-    return step
 
 
 def _faults(run: Callable[[], None]) -> int:
@@ -124,7 +80,7 @@ def compare_steps(
     }
     if images:
         other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-        variants["dense channels_last"] = training_step(other, _to_channels_last(batch), optimizer)
+        variants["dense channels_last"] = training_step(other, to_channels_last(batch), optimizer)
     medians = interleaved_medians(variants, rounds=steps)
     milliseconds = {name: seconds * 1e3 for name, seconds in medians.items()}
     return StepComparison(

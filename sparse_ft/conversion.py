@@ -1,9 +1,11 @@
 """Dense modules to native sparse modules and back, in place."""
 
+import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +26,15 @@ from sparse_ft.nn import (
     stock_norm,
 )
 from sparse_ft.randomness import preserved_random_state
+from sparse_ft.steps import call
 from sparse_ft.tables import format_table
-from sparse_ft.tune import TimingCache
+from sparse_ft.tune import Timing, TimingCache, layer_key, step_key, time_layer, time_step
 
 logger = logging.getLogger(__name__)
 
 # Modules that read their children's weights instead of calling them.
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_WORTH = 0.97  # a whole model is converted if its step takes at most this share of the dense one's
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,16 @@ class LayerConversion:
 
 @dataclass
 class ConversionReport:
-    """What `convert` did, layer by layer; `str()` is a table."""
+    """What `convert` did, layer by layer; `str()` is a table.
+
+    With `policy="auto"`, `step` is forward and backward of the whole model, dense against sparse, and `note` says
+    what was concluded from it.
+    """
 
     policy: str
     layers: list[LayerConversion] = field(default_factory=list)
+    step: Timing | None = None
+    note: str = ""
 
     @property
     def converted(self) -> list[str]:
@@ -62,7 +72,12 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"policy": self.policy, "layers": [asdict(layer) for layer in self.layers]}
+        return {
+            "policy": self.policy,
+            "layers": [asdict(layer) for layer in self.layers],
+            "step": self.step and asdict(self.step),
+            "note": self.note,
+        }
 
     def __str__(self) -> str:
         def ms(value: float | None) -> str:
@@ -78,6 +93,7 @@ class ConversionReport:
         headers = ["layer", "kind", "weight", "sparsity", "runs", "dense ms", "sparse ms", "why"]
         return (
             f"{len(self.converted)} of {len(self.layers)} layers run sparse (policy {self.policy})\n"
+            + (f"{self.note}\n" if self.note else "")
             + format_table(headers, rows)
         )
 
@@ -103,7 +119,8 @@ def convert(
         example_inputs: a batch such as training will see (tensor, tuple, or dict of keyword arguments), for
             `policy="auto"`; None makes one from what a timm or transformers model says of its input.
         policy: "auto" keeps of each layer the form that is faster, forward and backward, on the real input shape,
-            measured once per machine; "always" converts every layer with enough zeros.
+            and then makes sure that the whole model is faster than the dense one, else it is left dense; what was
+            measured is kept per machine. "always" converts every layer with enough zeros.
         min_sparsity: layers with a smaller fraction of zeros stay dense.
         ignore: names or `"re:pattern"` of layers to leave dense.
         masks: weight name -> bool mask of the positions to train, where it differs from the nonzeros (active zeros).
@@ -137,20 +154,32 @@ def convert(
         with preserved_random_state():
             shapes = None
             if policy == "auto" or example_inputs is not None:
+                example_inputs = _example_inputs(model) if example_inputs is None else example_inputs
                 shapes = _input_shapes(model, candidates.eligible, example_inputs)
-            _choose(candidates, shapes, policy)
-    for entry in candidates.entries.values():
-        if entry.converted:
-            sparse = entry.sparse()
-            _move_hooks(entry.module, sparse)
-            _replace(model, entry.module, sparse)
-        report.layers.append(entry.result())
+            if policy == "always":
+                _choose_all(candidates, shapes)
+            else:
+                assert shapes is not None
+                cache = TimingCache()
+                _choose_faster(candidates, shapes, cache)
+                report.step, report.note = _check_whole(model, candidates, example_inputs, cache)
+                cache.save()
+    _install(model, {name: entry.sparse() for name, entry in candidates.entries.items() if entry.converted})
+    report.layers = [entry.result() for entry in candidates.entries.values()]
+    logger.info("%d of %d layers run sparse", len(report.converted), len(report.layers))
+    return report
+
+
+def _install(model: nn.Module, layers: Mapping[str, SparseModule]) -> None:
+    """Puts sparse layers into the places of the dense ones, and lets their neighbours follow their layout."""
+    for name, sparse in layers.items():
+        dense = model.get_submodule(name)
+        _move_hooks(dense, sparse)
+        _replace(model, dense, sparse)
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
         for module in model.modules():
             batch_last_norm(module)
             layout_conv(module)
-    logger.info("%d of %d layers run sparse", len(report.converted), len(report.layers))
-    return report
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -290,8 +319,6 @@ def _children_of_readers(model: nn.Module) -> dict[str, str]:
 
 def _input_shapes(model: nn.Module, entries: dict[str, _Entry], example_inputs) -> dict[str, torch.Size]:
     """Shape of the input of each layer that is called, from one forward pass in evaluation mode."""
-    if example_inputs is None:
-        example_inputs = _example_inputs(model)
     shapes: dict[str, torch.Size] = {}
 
     def record(name):
@@ -307,12 +334,7 @@ def _input_shapes(model: nn.Module, entries: dict[str, _Entry], example_inputs) 
     model.eval()
     try:
         with torch.no_grad():
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            elif isinstance(example_inputs, Tensor):
-                model(example_inputs)
-            else:
-                model(*example_inputs)
+            call(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -334,35 +356,82 @@ def _example_inputs(model: nn.Module):
     raise ValueError('policy="auto" measures the layers: give example_inputs (a batch), or use policy="always"')
 
 
-def _choose(candidates: _Candidates, shapes: dict[str, torch.Size] | None, policy: str) -> None:
+def _called(candidates: _Candidates, shapes: dict[str, torch.Size] | None) -> list[_Entry]:
+    """The layers that can be converted and that the example inputs reach; the others are told so."""
     for name, entry in candidates.eligible.items():
         if shapes is not None and name not in shapes:
             entry.reason = "not called with the example inputs"
-        elif policy == "always" and not entry.joins:
-            entry.converted = True
-    if policy == "always":
-        return
-    assert shapes is not None
-    cache = TimingCache()
+    return [entry for name, entry in candidates.eligible.items() if shapes is None or name in shapes]
 
+
+def _choose_all(candidates: _Candidates, shapes: dict[str, torch.Size] | None) -> None:
+    for entry in _called(candidates, shapes):
+        entry.converted = not entry.joins
+
+
+def _choose_faster(candidates: _Candidates, shapes: dict[str, torch.Size], cache: TimingCache) -> None:
     def measure(entries: list[_Entry], *, inside: bool) -> None:
         for entry in entries:
-            sparse = entry.sparse()
+            sparse, shape = entry.sparse(), shapes[entry.name]
             if sparse.native_reason() is not None:
                 entry.reason = str(sparse.native_reason())
                 continue
-            timing = cache.get(sparse, shapes[entry.name], inside=inside)
+            timing = cache.get(layer_key(sparse, shape, inside), partial(time_layer, sparse, shape, inside=inside))
             entry.dense_ms, entry.sparse_ms = timing.dense_ms, timing.sparse_ms
             entry.converted = timing.sparse_ms < timing.dense_ms
             entry.reason = "measured faster" if entry.converted else "measured slower than dense"
 
-    called = [entry for name, entry in candidates.eligible.items() if name in shapes]
+    called = _called(candidates, shapes)
     measure([entry for entry in called if not entry.joins], inside=False)
     if any(entry.converted and isinstance(entry.module, nn.Conv2d) for entry in called):
         # A convolution left dense among sparse ones pays for two changes of layout: look at those again,
         # and at depthwise layers without zeros, which only run sparse to keep their neighbours' layout.
         measure([e for e in called if not e.converted and isinstance(e.module, nn.Conv2d)], inside=True)
-    cache.save()
+
+
+def _check_whole(
+    model: nn.Module, candidates: _Candidates, batch: Any, cache: TimingCache
+) -> tuple[Timing | None, str]:
+    """Makes layers dense again unless the whole model gains: what lies between them was not measured with them.
+
+    Convolutions share a layout with all that is between them, so that they gain or lose together; linear layers
+    are tried without them before the model is left dense.
+
+    Returns:
+        The last measurement, and what to say of it.
+    """
+    chosen = kept = [entry for entry in candidates.entries.values() if entry.converted]
+    timing, failed = None, []
+    while kept:
+        sparsities = {entry.name: entry.sparsity for entry in kept}
+        try:
+            key = step_key(model, sparsities, batch)
+            timing = cache.get(key, partial(_time_whole, model, kept, batch))
+        except Exception as error:  # whatever the model raises when it is copied, or in training mode
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            logger.warning("the whole model could not be timed, its layers were chosen one by one (%s)", reason)
+            return None, f"the whole model could not be timed, only its layers ({reason})"
+        if timing.sparse_ms <= _WORTH * timing.dense_ms:
+            break
+        failed.append(f"{timing.sparse_ms:.1f} ms with {len(kept)} sparse layers")
+        linear = [entry for entry in kept if not isinstance(entry.module, nn.Conv2d)]
+        kept = linear if len(linear) < len(kept) else []
+    if timing is None:
+        return None, ""
+    for entry in chosen:
+        if entry not in kept:
+            entry.converted, entry.reason = False, "measured faster, but the whole model was not"
+    dense = f"forward and backward of the whole model take {timing.dense_ms:.1f} ms dense"
+    if not kept:
+        return timing, f"left dense: {dense}, {' and '.join(failed)}"
+    note = f"{dense}, {timing.sparse_ms:.1f} ms sparse: {timing.dense_ms / timing.sparse_ms:.2f} times as fast"
+    return timing, f"{note}; convolutions are left dense: {failed[0]}" if failed else note
+
+
+def _time_whole(model: nn.Module, entries: list[_Entry], batch: Any) -> Timing:
+    dense, sparse = copy.deepcopy(model), copy.deepcopy(model)
+    _install(sparse, {entry.name: copy.deepcopy(entry.sparse()) for entry in entries})
+    return time_step(dense, sparse, batch)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

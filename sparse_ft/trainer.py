@@ -188,6 +188,8 @@ class SparseTrainer(Trainer):
                 **options,
             )
             chosen = _native_layers(model)
+            if self.conversion_report.note:
+                self.announce(self.conversion_report.note)
         if args.world_size > 1:
             # Each process would measure for itself, and the gradients of different layers cannot be averaged.
             box = [chosen]

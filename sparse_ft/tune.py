@@ -1,57 +1,97 @@
-"""Measuring a layer's dense and sparse forms on its real input shape, and remembering the result per machine."""
+"""Measuring dense against sparse, layer by layer and for the whole model, and remembering the result per machine."""
 
 import copy
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_ft.nn import SparseConv2d, SparseModule, layout_conv
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, active_isa
+from sparse_ft.steps import inference_step, to_channels_last, training_step
 
-_BUDGET_S = 0.4  # for the repetitions of one layer, all its forms together
-_CACHE_VERSION = 2
+_LAYER_BUDGET_S, _STEP_BUDGET_S = 0.4, 6.0  # for the repetitions, unless the verdict is clear before
+_MIN_PAIRS, _MAX_PAIRS = 3, 15
+_CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
-class LayerTiming:
-    """Median milliseconds of forward and backward (input and weight gradient) of one layer."""
+class Timing:
+    """Median milliseconds of forward and backward, dense and sparse, which took turns.
+
+    `spread` is the width of the middle half of the pairs' ratios, sparse to dense, as a natural logarithm: 0.1 says
+    that they lie within 10 % of each other.
+    """
 
     dense_ms: float
     sparse_ms: float
+    spread: float = 0.0
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the ratio varies too much for what it says: by over a tenth and half its distance from a tie."""
+        return self.spread > max(0.1, abs(math.log(self.sparse_ms / self.dense_ms)) / 2)
 
 
-def interleaved_medians(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int | None = None
-) -> dict[str, float]:
-    """Median seconds of each variant; the variants take turns, so that a noisy machine is noisy to all alike.
+def duel(dense: Mapping[str, Callable[[], object]], sparse: Callable[[], object], budget_s: float) -> Timing:
+    """Times the sparse form against the fastest dense one, in turns, so that a noisy machine is noisy to both.
 
-    Args:
-        rounds: turns after one warm-up each; None chooses 5 to 15 from the time that the warm-up took.
+    Pairs are run until the verdict is clear (all agree, two that differ by a factor of 1.65 or more that differ
+    less) or the budget is spent. The first round finds the fastest dense form; it is the warm-up as well, and counts
+    only where a run takes so long that warming up does not show.
     """
-    warm = 0.0
+    start = time.perf_counter()
+    first = {name: _seconds(run) for name, run in dense.items()}
+    sparse_s = _seconds(sparse)
+    if time.perf_counter() - start < budget_s / 4:
+        first = {name: _seconds(run) for name, run in dense.items()}
+        sparse_s = _seconds(sparse)
+    rival = min(first, key=first.__getitem__)
+    pairs = [(first[rival], sparse_s)]
+    start = time.perf_counter()
+    while len(pairs) < _MAX_PAIRS and not _clear(pairs):
+        if len(pairs) >= _MIN_PAIRS and time.perf_counter() - start > budget_s:
+            break
+        pairs.append((_seconds(dense[rival]), _seconds(sparse)))
+    ratios = sorted(math.log(sparse_s / dense_s) for dense_s, sparse_s in pairs)
+    trim = len(ratios) // 4
+    dense_s, sparse_s = (statistics.median_low(times) for times in zip(*pairs, strict=True))
+    return Timing(dense_s * 1e3, sparse_s * 1e3, ratios[-1 - trim] - ratios[trim])
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _clear(pairs: list[tuple[float, float]]) -> bool:
+    logs = [math.log(sparse / dense) for dense, sparse in pairs]
+    # One pair proves nothing by itself, however far apart its times: it may have been disturbed.
+    evidence = sum(min(abs(x), 0.5) for x in logs)
+    return evidence >= 1.0 and (all(x < 0 for x in logs) or all(x > 0 for x in logs))
+
+
+def interleaved_medians(variants: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Median seconds of each variant over `rounds` turns, after two runs each to warm up."""
     for run in variants.values():
         run()
-        start = time.perf_counter()
         run()
-        warm += time.perf_counter() - start
-    if rounds is None:
-        rounds = int(min(15, max(5, _BUDGET_S / max(warm, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(_seconds(run))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -77,7 +117,7 @@ def _trainable_copy(layer: nn.Module) -> nn.Module:
 
 
 @torch.enable_grad()
-def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False) -> LayerTiming:
+def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False) -> Timing:
     """Times a layer and its dense form on random input of `shape`; both as if all their parameters were trained.
 
     A dense convolution is measured in contiguous and in channels-last layout and the faster one counts, whichever
@@ -89,24 +129,38 @@ def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False) 
     if isinstance(layer, SparseConv2d):
         as_layout = torch.ops.sparse_ft.to_layout
         batch_last = as_layout(x, BATCH_LAST) if x.dim() == 4 else x
-        variants = {"sparse": _step(sparse, batch_last)}
+        run = _step(sparse, batch_last)
         if inside:
             layout_conv(dense)
-            variants["dense"] = _step(dense, batch_last)
+            rivals = {"dense": _step(dense, batch_last)}
         else:
-            variants["dense"] = _step(dense, x)
+            rivals = {"dense": _step(dense, x)}
             if x.dim() == 4:
                 other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-                variants["dense channels_last"] = _step(other, as_layout(x, CHANNELS_LAST))
+                rivals["dense channels_last"] = _step(other, as_layout(x, CHANNELS_LAST))
     else:
-        variants = {"sparse": _step(sparse, x), "dense": _step(dense, x)}
-    medians = interleaved_medians(variants)
-    sparse_s = medians.pop("sparse")
-    return LayerTiming(dense_ms=min(medians.values()) * 1e3, sparse_ms=sparse_s * 1e3)
+        run, rivals = _step(sparse, x), {"dense": _step(dense, x)}
+    return duel(rivals, run, _LAYER_BUDGET_S)
 
 
-def timing_key(sparse: SparseModule, shape: torch.Size, inside: bool) -> str:
-    """What a timing depends on: the layer's form, its sparsity to one percent, input shape and thread count."""
+@torch.enable_grad()
+def time_step(dense: nn.Module, sparse: nn.Module, batch: Any) -> Timing:
+    """Times forward and backward of a whole model (forward alone where nothing in it is trained).
+
+    Convolutions of the dense model run in channels_last layout. Both models are changed: give copies.
+    """
+    if any(isinstance(module, nn.Conv2d) for module in dense.modules()):
+        dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = any(parameter.requires_grad for parameter in dense.parameters())
+
+    def run(model: nn.Module, batch: Any) -> Callable[[], None]:
+        return training_step(model, batch, optimizer=None) if trained else inference_step(model, batch)
+
+    return duel({"dense": run(dense, to_channels_last(batch))}, run(sparse, batch), _STEP_BUDGET_S)
+
+
+def layer_key(sparse: SparseModule, shape: torch.Size, inside: bool) -> str:
+    """What a layer's timing depends on: its form, its sparsity to one percent, input shape and thread count."""
     pattern = sparse.pattern
     parts = [
         type(sparse).__name__, list(pattern.shape), list(pattern.stride), list(pattern.padding),
@@ -114,6 +168,27 @@ def timing_key(sparse: SparseModule, shape: torch.Size, inside: bool) -> str:
         inside, torch.get_num_threads(),
     ]  # fmt: skip
     return json.dumps(parts)
+
+
+def step_key(model: nn.Module, sparsities: Mapping[str, float], batch: Any) -> str:
+    """What the timing of a whole model depends on: its structure, what is trained and sparse, the batch's shapes.
+
+    Args:
+        model: the dense model.
+        sparsities: layers that run sparse, with their sparsity.
+    """
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    sparse = {name: round(sparsity, 2) for name, sparsity in sparsities.items()}
+    parts = [repr(model), trained, sparse, _shapes(batch), torch.get_num_threads()]
+    return "step " + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _shapes(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return [str(batch.dtype), *batch.shape]
+    if isinstance(batch, Mapping):
+        return {str(key): _shapes(value) for key, value in batch.items()}
+    return [_shapes(value) for value in batch] if isinstance(batch, list | tuple) else repr(batch)
 
 
 def _processor() -> str:
@@ -141,34 +216,33 @@ class TimingCache:
         name = hashlib.sha256("|".join(machine).encode()).hexdigest()[:16]
         self.path = Path(folder or default) / f"timings-{name}.json"
         self._timings = self._read()
-        self._changed = False
+        self._measured: dict[str, Timing] = {}
 
-    def _read(self) -> dict[str, LayerTiming]:
+    def _read(self) -> dict[str, Timing]:
         try:
-            stored = json.loads(self.path.read_text())
-            return {key: LayerTiming(float(dense), float(sparse)) for key, (dense, sparse) in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            stored = {key: Timing(*map(float, times)) for key, times in json.loads(self.path.read_text()).items()}
+            return {key: timing for key, timing in stored.items() if not timing.doubtful}
+        except (OSError, ValueError, TypeError, AttributeError, ArithmeticError):
             return {}
 
-    def get(self, sparse: SparseModule, shape: torch.Size, *, inside: bool) -> LayerTiming:
-        """What `time_layer` says of these arguments, now or earlier."""
-        key = timing_key(sparse, shape, inside)
+    def get(self, key: str, measure: Callable[[], Timing]) -> Timing:
+        """What is known under `key`, or else what `measure` finds."""
         if key not in self._timings:
-            self._timings[key] = time_layer(sparse, shape, inside=inside)
-            self._changed = True
+            self._timings[key] = self._measured[key] = measure()
         return self._timings[key]
 
     def save(self) -> None:
-        """Writes what was measured; a folder that cannot be written costs a new measurement next time."""
-        if not self._changed:
+        """Writes what was measured, unless it is doubtful: that, and a folder that cannot be written, cost a new
+        measurement next time."""
+        certain = {key: timing for key, timing in self._measured.items() if not timing.doubtful}
+        if not certain:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Another process may have measured other layers since.
-            merged = {key: (t.dense_ms, t.sparse_ms) for key, t in {**self._read(), **self._timings}.items()}
+            merged = {key: astuple(timing) for key, timing in {**self._read(), **certain}.items()}
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
                 json.dump(merged, file)
             os.replace(file.name, self.path)
-            self._changed = False
         except OSError:
             pass

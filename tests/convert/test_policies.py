@@ -1,6 +1,7 @@
 """What convert decides, says and leaves alone."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from zoo import bert, classified, gpt2, image, small_resnet
 
 import sparse_ft
-from sparse_ft import tune
+from sparse_ft import conversion, tune
 from sparse_ft.nn import BatchLastBatchNorm2d, SparseConv2d, SparseLinear, SparseModule
 
 
@@ -37,19 +38,33 @@ def reasons(report: sparse_ft.ConversionReport) -> dict[str, str]:
 
 @pytest.fixture
 def timings(monkeypatch):
-    """Timings that are said, not measured: the dense form of a layer takes 1 ms, the sparse one `sparse_ms`."""
+    """Timings that are said, not measured: a dense layer takes 1 ms, a sparse one `sparse_ms`; a whole dense model
+    takes 100 ms, with sparse layers `whole_ms(those layers)`."""
 
     class Timings:
         sparse_ms = 0.5
-        calls: list[tuple[str, bool]] = []
+        spread = 0.0
 
-        def __call__(self, layer, shape, *, inside=False):
+        def __init__(self):
+            self.calls: list[tuple[str, bool]] = []
+            self.whole_calls: list[list[str]] = []
+
+        def whole_ms(self, layers: list[SparseModule]) -> float:
+            return 50.0
+
+        def layer(self, layer, shape, *, inside=False):
             self.calls.append((type(layer).__name__, inside))
-            return tune.LayerTiming(dense_ms=1.0, sparse_ms=self.sparse_ms)
+            return tune.Timing(1.0, self.sparse_ms, self.spread)
+
+        def whole(self, dense, sparse, batch):
+            layers = [module for module in sparse.modules() if isinstance(module, SparseModule)]
+            assert not any(isinstance(module, SparseModule) for module in dense.modules())
+            self.whole_calls.append([type(layer).__name__ for layer in layers])
+            return tune.Timing(100.0, self.whole_ms(layers), self.spread)
 
     timings = Timings()
-    timings.calls = []
-    monkeypatch.setattr(tune, "time_layer", timings)
+    monkeypatch.setattr(conversion, "time_layer", timings.layer)
+    monkeypatch.setattr(conversion, "time_step", timings.whole)
     return timings
 
 
@@ -348,17 +363,182 @@ class TestAuto:
             assert sparse_ft.convert(model, torch.randn(3, 40)).converted == ["0"]
         assert len(timings.calls) == 2
 
-    def test_processes_add_to_one_cache(self, timings):
+    @pytest.mark.parametrize(
+        ("timing", "doubtful"),
+        [
+            ((1.0, 0.4, 0.05), False),
+            ((1.0, 0.4, 0.3), False),  # it varies, but not by enough to be anything but faster
+            ((1.0, 0.4, 0.6), True),
+            ((1.0, 0.95, 0.09), False),
+            ((1.0, 1.2, 0.2), True),
+        ],
+    )
+    def test_a_doubtful_timing_is_not_kept(self, timing, doubtful):
+        timing = tune.Timing(*timing)
+        assert timing.doubtful is doubtful
+        cache, calls = tune.TimingCache(), []
+
+        def measure():
+            calls.append(1)
+            return timing
+
+        for _ in range(2):  # the same layer twice in a model is measured once, whatever came out
+            assert cache.get("layer", measure) == timing
+        cache.save()
+        tune.TimingCache().get("layer", measure)
+        assert len(calls) == (2 if doubtful else 1)
+
+    def test_a_doubtful_timing_in_the_file_is_distrusted(self):
+        cache = tune.TimingCache()
+        cache.path.parent.mkdir(parents=True)
+        cache.path.write_text(json.dumps({"a": [1.0, 0.9, 0.5], "b": [1.0, 0.9, 0.01]}))
+        cache = tune.TimingCache()
+        new = tune.Timing(2.0, 2.0)
+        assert cache.get("a", lambda: new) is new and cache.get("b", pytest.fail).dense_ms == 1.0
+
+    def test_processes_add_to_one_cache(self):
         one, other = tune.TimingCache(), tune.TimingCache()
         layers = [SparseLinear.from_dense(sparsify(nn.Linear(n, 8))) for n in (20, 30)]
-        for cache, layer in zip((one, other), layers, strict=True):
-            cache.get(layer, torch.Size((2, layer.in_features)), inside=False)
+        keys = [tune.layer_key(layer, torch.Size((2, layer.in_features)), False) for layer in layers]
+        assert keys[0] != keys[1]
+        for cache, key in zip((one, other), keys, strict=True):
+            cache.get(key, lambda: tune.Timing(3.0, 2.0, 0.05))
             cache.save()
         third = tune.TimingCache()
-        for layer in layers:
-            third.get(layer, torch.Size((2, layer.in_features)), inside=False)
-        assert len(timings.calls) == 2
+        for key in keys:
+            assert third.get(key, pytest.fail) == tune.Timing(3.0, 2.0, 0.05)
         assert [path.name for path in third.path.parent.iterdir()] == [third.path.name]  # no temporary file is left
+
+
+class TestWholeModel:
+    """Layers that gain alone may lose together, by what lies between them."""
+
+    def test_a_model_that_gains_is_converted(self, timings):
+        report = sparse_ft.convert(sparsify(small_cnn()), image(8))
+        assert len(timings.whole_calls) == 1 and len(report.converted) == 4
+        assert report.step == tune.Timing(100.0, 50.0)
+        assert "100.0 ms dense, 50.0 ms sparse: 2.00 times as fast" in report.note and report.note in str(report)
+        assert json.loads(json.dumps(report.to_dict()))["step"]["dense_ms"] == 100.0
+
+    def test_a_model_that_does_not_gain_is_left_dense(self, timings):
+        timings.whole_ms = lambda layers: 99.0
+        model = sparsify(small_cnn())
+        before, calls = str(model), []
+        model[4].register_forward_hook(lambda module, args, output: calls.append(module))
+        report = sparse_ft.convert(model, image(8))
+        assert not report.converted and str(model) == before
+        assert timings.whole_calls == [["SparseConv2d"] * 3 + ["SparseLinear"], ["SparseLinear"]]
+        assert set(reasons(report).values()) == {"measured faster, but the whole model was not"}
+        assert report.note == (
+            "left dense: forward and backward of the whole model take 100.0 ms dense, "
+            "99.0 ms with 4 sparse layers and 99.0 ms with 1 sparse layers"
+        )
+        calls.clear()
+        model(image(8))
+        assert calls == [model[4]]
+        sparse_ft.convert(model, image(8))  # known from the cache
+        assert len(timings.whole_calls) == 2
+
+    def test_convolutions_that_cost_more_than_they_gain(self, timings):
+        timings.whole_ms = lambda layers: 110.0 if any(isinstance(m, SparseConv2d) for m in layers) else 80.0
+        model = sparsify(small_cnn())
+        report = sparse_ft.convert(model, image(8))
+        assert report.converted == ["9"] and type(model[1]) is nn.BatchNorm2d
+        assert "1.25 times as fast; convolutions are left dense: 110.0 ms with 4 sparse layers" in report.note
+
+    def test_what_the_timing_depends_on(self, timings):
+        def converted(model=None, x=None):
+            torch.manual_seed(0)
+            sparse_ft.convert(sparsify(small_cnn()) if model is None else model, image(8) if x is None else x)
+            return len(timings.whole_calls)
+
+        assert converted() == 1 and converted() == 1
+        assert converted(x=image(9)) == 2
+        frozen = sparsify(small_cnn())
+        frozen[0].requires_grad_(False)
+        assert converted(frozen) == 3
+        assert converted(sparsify(small_cnn(), 0.6)) == 4
+        assert converted(nn.Sequential(*sparsify(small_cnn()), nn.ReLU())) == 5
+        torch.set_num_threads(2)
+        assert converted() == 6
+
+    def test_a_model_that_cannot_be_timed_says_so(self, monkeypatch, caplog):
+        class Refuses(nn.Sequential):
+            def forward(self, x):
+                if self.training:
+                    raise RuntimeError("not in training mode\nnor elsewhere")
+                return super().forward(x)
+
+        fast = tune.Timing(1.0, 0.5)
+        monkeypatch.setattr(conversion, "time_layer", lambda *arguments, **options: fast)
+        report = sparse_ft.convert(Refuses(*sparsify(small_cnn())).eval(), image(8))
+        assert len(report.converted) == 4 and report.step is None
+        assert report.note.endswith("only its layers (RuntimeError: not in training mode)")
+        assert "could not be timed" in caplog.text
+
+    def test_always_does_not_measure(self, timings):
+        timings.whole_ms = lambda layers: 1000.0
+        assert len(sparse_ft.convert(sparsify(small_cnn()), image(8), policy="always").converted) == 4
+        assert not timings.whole_calls
+
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_measuring(self, trained):
+        dense = sparsify(small_cnn()).requires_grad_(trained)
+        sparse = copy.deepcopy(dense)
+        sparse_ft.convert(sparse, policy="always")
+        timing = tune.time_step(dense, sparse, image(8))
+        assert timing.dense_ms > 0 and timing.sparse_ms > 0 and timing.spread >= 0
+        assert all(parameter.grad is None for parameter in dense.parameters())
+
+
+class TestDuel:
+    """A clock that each run advances stands for the machine."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        class Clock:
+            now = 0.0
+            runs: list[str] = []
+
+            def run(self, name, *seconds):
+                turns = itertools.chain(seconds, itertools.repeat(seconds[-1]))
+
+                def run():
+                    self.now += next(turns)
+                    self.runs.append(name)
+
+                return run
+
+        clock = Clock()
+        clock.runs = []
+        monkeypatch.setattr(tune.time, "perf_counter", lambda: clock.now)
+        return clock
+
+    def test_a_clear_verdict_takes_two_pairs(self, clock):
+        timing = tune.duel({"a": clock.run("a", 2.0), "b": clock.run("b", 1.0)}, clock.run("s", 0.4), budget_s=100)
+        assert clock.runs == ["a", "b", "s"] * 2 + ["b", "s"]  # warm-up, a round of all, then the faster dense form
+        assert (timing.dense_ms, timing.sparse_ms) == (1000.0, pytest.approx(400.0)) and timing.spread < 1e-9
+
+    def test_long_runs_need_no_warm_up(self, clock):
+        timing = tune.duel({"a": clock.run("a", 30.0)}, clock.run("s", 10.0), budget_s=6)
+        assert clock.runs == ["a", "s"] * 2 and timing.dense_ms == 30_000
+
+    def test_a_close_race_takes_the_budget(self, clock):
+        timing = tune.duel({"a": clock.run("a", 1.0)}, clock.run("s", 0.95), budget_s=10)
+        assert len(clock.runs) == 2 * (2 + 6)  # warm-up, first pair, pairs for ten seconds
+        assert timing.spread < 1e-9 and not timing.doubtful
+        clock.runs.clear()
+        tune.duel({"a": clock.run("a", 1e-6)}, clock.run("s", 1e-6), budget_s=10)
+        assert len(clock.runs) == 2 * (1 + 15)
+
+    def test_one_disturbed_pair_decides_nothing(self, clock):
+        sparse = clock.run("s", 0.5, 0.5, 9.0, 0.5)
+        timing = tune.duel({"a": clock.run("a", 1.0)}, sparse, budget_s=30)
+        assert timing.sparse_ms == 500.0 and timing.dense_ms == 1000.0 and not timing.doubtful
+
+    def test_a_restless_machine_is_doubted(self, clock):
+        sparse = clock.run("s", *[0.5, 0.5, 3.0, 0.7, 2.0] * 4)
+        assert tune.duel({"a": clock.run("a", 1.0)}, sparse, budget_s=30).doubtful
 
 
 class TestLeavesAlone:
