@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow bench check format clean
+.PHONY: quickstart test test-slow test-sanitize bench check format clean
 
 quickstart: $(VENV)/.installed  ## fine-tune the bundled sparse ResNet-20 on handwritten digits
 	$(BIN)/sparse-ft finetune --model resnet20-cifar10 --dataset digits --batch-size 64 --epochs 6 --output-dir out/quickstart --overwrite
@@ -13,6 +13,14 @@ test: $(VENV)/.installed  ## every fast test
 
 test-slow: $(VENV)/.installed  ## the rest: minutes each
 	$(BIN)/pytest -m slow
+
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+test-sanitize: $(VENV)/.sanitize  ## the native core's tests under AddressSanitizer and UBSan (GCC)
+	$(BIN)/cmake -C csrc/sanitize.cmake -S csrc -B build/sanitize -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/sanitize --parallel
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests \
+		$(BIN)/python -m pytest -p sanitized_core -m "not slow" tests/ops tests/nn
 
 bench: $(VENV)/.bench  ## kernels and whole steps against dense torch and the published packages
 	$(BIN)/python scripts/bench.py --json out/bench.json --markdown out/bench.md
@@ -36,6 +44,10 @@ $(VENV)/.installed: pyproject.toml $(wildcard csrc/*)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+$(VENV)/.sanitize: $(VENV)/.installed
+	$(BIN)/pip install --quiet cmake pybind11
 	touch $@
 
 # The published packages compile on installation and need setuptools for it; one that does not build is left out.
