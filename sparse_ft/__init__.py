@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 # Public name -> module. Loaded on first use: `import sparse_ft` alone does not import torch, which takes seconds.
 _PUBLIC = {
     "ConversionReport": "sparse_ft.conversion",
+    "Recipe": "sparse_ft.recipes",
+    "SparseSession": "sparse_ft.session",
     "SparseTrainer": "sparse_ft.trainer",
     "SparseTrainingArguments": "sparse_ft.trainer",
     "SparsityReport": "sparse_ft.masks",
@@ -23,7 +25,7 @@ _PUBLIC = {
     "sparsity": "sparse_ft.masks",
     "to_dense": "sparse_ft.conversion",
 }
-_MODULES = ("bench", "hub", "masks", "nn", "ops", "report")
+_MODULES = ("bench", "hub", "masks", "methods", "nn", "ops", "recipes", "report")
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 

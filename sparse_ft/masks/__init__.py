@@ -1,7 +1,7 @@
 """Scores, budgets, structures and the masks they give: tensor functions and walks over a model's layers."""
 
 from .names import match_names
-from .prune import compute_masks, prune
+from .prune import compute_masks, masks_from_scores, prune
 from .sparsity import LayerSparsity, SparsityReport, mask_state, sparsity
 from .targets import PrunableLayers, prunable_layers
 
@@ -11,6 +11,7 @@ __all__ = [
     "SparsityReport",
     "compute_masks",
     "mask_state",
+    "masks_from_scores",
     "match_names",
     "prunable_layers",
     "prune",

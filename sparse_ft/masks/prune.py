@@ -1,6 +1,6 @@
 """One-shot pruning, and the one place that turns scores into masks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,44 +110,73 @@ def compute_masks(
             "call sparse_ft.to_dense(model) first"
         )
 
-    scores = {name: compute_score(score, name, layer) for name, layer in layers.items()}
-    pruned = {name: _weight(layer) == 0 for name, layer in layers.items()}
-    transposed = {name: is_transformers_conv1d(layer) for name, layer in layers.items()}
+    return masks_from_scores(
+        {name: compute_score(score, name, layer) for name, layer in layers.items()},
+        wanted,
+        scope=scope,
+        structure=structure,
+        pruned={name: _weight(layer) == 0 for name, layer in layers.items()},
+        transposed={name for name, layer in layers.items() if is_transformers_conv1d(layer)},
+    )
+
+
+def masks_from_scores(
+    scores: Mapping[str, Tensor],
+    sparsity: Mapping[str, float],
+    *,
+    scope: str = "uniform",
+    structure: str = "unstructured",
+    pruned: Mapping[str, Tensor] | None = None,
+    transposed: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Masks of weights from their scores: True for those that stay.
+
+    Args:
+        scores: By name, of each weight's shape; the lowest go, ties in their order.
+        sparsity: Fraction of zeros by name; the scopes "erk" and "global" take the first as that of all together.
+        scope: "uniform", "erk" or "global", see `prune`.
+        structure: See `sparse_ft.masks.structures`; an N:M structure has its own sparsity.
+        pruned: By name, True for weights that go before all others.
+        transposed: Names of weights that are stored as (in, out).
+
+    Raises:
+        ValueError: An unknown structure, or one that a one-dimensional parameter cannot have.
+    """
+    form = parse_structure(structure)
+    if pruned is not None and form.kind in ("unstructured", "n:m"):
+        scores = {name: values.masked_fill(pruned[name], -torch.inf) for name, values in scores.items()}
+    canonical: dict[str, Tensor] = {}
+    for name, values in scores.items() if form.kind != "unstructured" else ():
+        if values.ndim < 2:
+            raise ValueError(f"{name} has one dimension: structure {structure!r} is one of matrices and filters")
+        canonical[name] = to_canonical(values, name in transposed)
     if form.kind == "n:m":
         return {
-            name: from_canonical(
-                keep_n_of_m(
-                    to_canonical(scores[name].masked_fill(pruned[name], -torch.inf), transposed[name]),
-                    form.first,
-                    form.second,
-                ),
-                transposed[name],
-            )
-            for name in layers
+            name: from_canonical(keep_n_of_m(values, form.first, form.second), name in transposed)
+            for name, values in canonical.items()
         }
 
     pools: dict[str, Tensor] = {}
     sizes: dict[str, Tensor | None] = {}
-    for name in layers:
+    for name, values in scores.items():
         if form.kind == "unstructured":
-            pools[name], sizes[name] = scores[name].masked_fill(pruned[name], -torch.inf).flatten(), None
+            pools[name], sizes[name] = values.flatten(), None
         else:
-            means, counts = group_scores(to_canonical(scores[name], transposed[name]), form)
-            zeros, _ = group_scores(to_canonical(pruned[name].float(), transposed[name]), form)
-            pools[name], sizes[name] = means.masked_fill(zeros == 1.0, -torch.inf), counts
-    keep = _keep(layers, pools, sizes, wanted, scope)
+            pools[name], sizes[name] = group_scores(canonical[name], form)
+            if pruned is not None:
+                zeros, _ = group_scores(to_canonical(pruned[name].float(), name in transposed), form)
+                pools[name] = pools[name].masked_fill(zeros == 1.0, -torch.inf)
+    keep = _keep({name: values.shape for name, values in scores.items()}, pools, sizes, sparsity, scope)
     if form.kind == "unstructured":
         return {name: mask.view(scores[name].shape) for name, mask in keep.items()}
     return {
-        name: from_canonical(
-            expand_groups(mask, to_canonical(scores[name], transposed[name]).shape, form), transposed[name]
-        )
+        name: from_canonical(expand_groups(mask, canonical[name].shape, form), name in transposed)
         for name, mask in keep.items()
     }
 
 
 def _keep(
-    layers: Mapping[str, nn.Module],
+    shapes: Mapping[str, torch.Size],
     pools: Mapping[str, Tensor],
     sizes: Mapping[str, Tensor | None],
     wanted: Mapping[str, float],
@@ -155,16 +184,15 @@ def _keep(
 ) -> dict[str, Tensor]:
     if scope == "global":
         sparsity = next(iter(wanted.values()))
-        zeros = round(sum(_weight(layer).numel() for layer in layers.values()) * sparsity)
+        zeros = round(sum(shape.numel() for shape in shapes.values()) * sparsity)
         counts = [size for size in sizes.values() if size is not None]
         pooled = keep_highest(torch.cat(list(pools.values())), zeros, torch.cat(counts) if counts else None)
         return dict(zip(pools, pooled.split([len(pool) for pool in pools.values()]), strict=True))
-    shapes = [_weight(layer).shape for layer in layers.values()]
     if scope == "erk":
-        budget = budgets.erk(shapes, next(iter(wanted.values())))
+        budget = budgets.erk(list(shapes.values()), next(iter(wanted.values())))
     else:
-        budget = [budgets.uniform(shape.numel(), wanted[name]) for name, shape in zip(layers, shapes, strict=True)]
-    return {name: keep_highest(pools[name], zeros, sizes[name]) for name, zeros in zip(layers, budget, strict=True)}
+        budget = [budgets.uniform(shape.numel(), wanted[name]) for name, shape in shapes.items()]
+    return {name: keep_highest(pools[name], zeros, sizes[name]) for name, zeros in zip(shapes, budget, strict=True)}
 
 
 def keep_highest(scores: Tensor, zeros: int, sizes: Tensor | None = None) -> Tensor:

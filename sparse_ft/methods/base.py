@@ -1,0 +1,138 @@
+"""What all modifiers share.
+
+A method is a folder here with a class for each of its modifiers: a docstring, declared fields, `@register` with the
+name that recipes use, and what it does when its time comes. Nothing else has to know of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from .clock import Clock, Timing
+from .fields import EPOCH, NEVER, Field, FieldError, field, read_fields
+from .training import Training
+
+
+class Modifier:
+    """One entry of a recipe: fields that are checked when it is made, and what it does to a training.
+
+    Sub-classes declare fields as class attributes (`field(...)`); the instance has the values. They override what
+    they need of `start`, `update`, `end`, `before_step` and `after_step`. All of these are called after the backward
+    pass and before the optimizer's step, `after_step` after it.
+
+    Raises:
+        FieldError: on construction, for a field that is unknown, wrong or missing.
+
+    Attributes:
+        given: the fields as they were given, without defaults.
+        owner: its place in the recipe, under which it holds masks.
+    """
+
+    type_name: ClassVar[str] = ""
+    fields: ClassVar[dict[str, Field]] = {}
+    source: ClassVar[str] = ""  # the paper, or where the definition comes from
+    unsupported: ClassVar[str] = ""  # why this project does not run it, and what to do instead
+    periodic: ClassVar[bool] = False  # updates every `update_frequency` epochs
+    completes: ClassVar[bool] = False  # see Timing
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        declared: dict[str, Field] = {}
+        for base in reversed(cls.__mro__):
+            for name, value in vars(base).items():
+                if isinstance(value, Field):
+                    declared[name] = value
+                elif name in declared:
+                    del declared[name]  # a sub-class has overridden the field by a fixed value
+        cls.fields = declared
+
+    def __init__(self, **values: Any):
+        self.given = dict(values)
+        self.owner = -1
+        for name, value in read_fields(self.type_name, self.fields, values).items():
+            setattr(self, name, value)
+        self.check()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other)["given"] == self.given
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{self.type_name}({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
+
+    def check(self) -> None:
+        """Finds fields that contradict each other; see `wrong`."""
+
+    def wrong(self, name: str | None, message: str) -> FieldError:
+        """The error to raise for a field."""
+        return FieldError(self.type_name, name, message)
+
+    @property
+    def timing(self) -> Timing:
+        """When it is due."""
+        every = getattr(self, "update_frequency", None) if self.periodic else None
+        start, end = getattr(self, "start_epoch", NEVER), getattr(self, "end_epoch", NEVER)
+        return Timing(start, end, every, self.completes)
+
+    # What a training asks for
+
+    def start(self, training: Training) -> None:
+        """At its first step, before `update`."""
+
+    def update(self, training: Training) -> None:
+        """At its first and its last step, and at each update between."""
+
+    def end(self, training: Training) -> None:
+        """At its last step, after `update`; not called where the end is never."""
+
+    def before_step(self, training: Training) -> None:
+        """At every step from its first to its last, after `update`."""
+
+    def after_step(self, training: Training) -> None:
+        """After every optimizer step from its first to its last."""
+
+    def resume(self, training: Training) -> None:
+        """After `load_state_dict`, in the middle of its time: bring about again what no checkpoint keeps."""
+
+    def wants_dense_gradients(self, training: Training, step: int) -> bool:
+        """Whether the gradients of that step have to reach pruned weights."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has to remember besides its masks: tensors, and values that JSON can hold."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+    # What can be told of a recipe without a model
+
+    def preview(self, clock: Clock, step: int) -> dict[str, float]:
+        """What it sets at a step of its time, by quantity: "sparsity", "learning rate", "weight decay"."""
+        return {}
+
+    def unfinished(self, training: Training) -> str:
+        """What is missing if training ends now, or nothing."""
+        return ""
+
+
+class Scheduled(Modifier):
+    """A modifier with a start and an end that are to be given."""
+
+    start_epoch: float = field(EPOCH, unit="epochs", doc="When it begins; -1 for at once.")
+    end_epoch: float = field(EPOCH, unit="epochs", doc="When it ends; -1 for never.")
+
+    def check(self) -> None:
+        if self.end_epoch != NEVER and self.end_epoch < self.start_epoch:
+            raise self.wrong("end_epoch", f"must not be before start_epoch ({self.start_epoch:g}), is {self.end_epoch:g}")
+
+
+class Unsupported(Modifier):
+    """A modifier that recipes contain and this project does not run: it is parsed, kept, and reported.
+
+    Its fields, of several generations of formats, are kept as they are.
+    """
+
+    def __init__(self, **values: Any):
+        super().__init__()
+        self.given = dict(values)

@@ -1,0 +1,188 @@
+"""What a modifier sees of a training, and the masks that it holds weights to."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.masks.targets import unwrap
+from sparse_ft.optimizer_state import clear_pruned, inner_optimizer
+
+from .clock import Clock, SparsemlClock
+from .targets import Target, is_native
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Held:
+    """A weight under masks: `kept` is where all owners agree, `pruned` its inverse, both of the weight's shape."""
+
+    target: Target
+    by_owner: dict[int, Tensor] = field(default_factory=dict)
+    kept: Tensor = field(default_factory=lambda: torch.empty(0))
+    pruned: Tensor = field(default_factory=lambda: torch.empty(0))
+    hook: torch.utils.hooks.RemovableHandle | None = None
+
+
+class WeightMasks:
+    """Holds weights to masks: zero weights, zero gradients and zero optimizer state wherever a mask is False.
+
+    Several modifiers may hold the same weight; it trains where all of them let it.
+
+    Args:
+        clears_state: whether the optimizer's state is kept at zero; SparseML leaves it as it is.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, clears_state: bool = True):
+        self._optimizer = optimizer
+        self._clears_state = clears_state
+        self._held: dict[str, _Held] = {}
+        self._released: list[int] = []
+        self.dense_gradients = False  # gradients of this step reach pruned weights, for methods that look at them
+
+    def names(self) -> list[str]:
+        """Of the weights under a mask."""
+        return list(self._held)
+
+    def kept(self, name: str) -> Tensor | None:
+        """bool, True where the weight trains; None if no mask holds it."""
+        held = self._held.get(name)
+        return None if held is None else held.kept
+
+    def of(self, owner: int) -> dict[str, Tensor]:
+        """The masks of one owner by weight name."""
+        return {name: held.by_owner[owner] for name, held in self._held.items() if owner in held.by_owner}
+
+    @torch.no_grad()
+    def hold(self, owner: int, targets: Mapping[str, Target], masks: Mapping[str, Tensor]) -> None:
+        """Sets an owner's masks, by weight name; what is newly pruned is zeroed at once."""
+        if owner in self._released:
+            self._released.remove(owner)
+        for name, mask in masks.items():
+            target = targets[name]
+            held = self._held.setdefault(name, _Held(target))
+            held.by_owner[owner] = mask.to(target.parameter.device)
+            self._renew(held)
+
+    def release(self, owner: int, *, at_once: bool = False) -> None:
+        """Lets an owner's weights go: after this step (its masks still stand for it), or at once."""
+        if not at_once:
+            self._released.append(owner)
+            return
+        for name, held in list(self._held.items()):
+            if held.by_owner.pop(owner, None) is None:
+                continue
+            if held.by_owner:
+                self._renew(held)
+            else:
+                self._forget(name)
+
+    def _renew(self, held: _Held) -> None:
+        masks = list(held.by_owner.values())
+        held.kept = masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
+        held.pruned = ~held.kept
+        parameter = held.target.parameter
+        parameter.data.masked_fill_(held.pruned, 0.0)  # not a product: 0 * inf is NaN, 0 * -1 is -0
+        if self._clears_state:
+            clear_pruned(self._optimizer, parameter, held.pruned)
+        if held.hook is None and parameter.requires_grad:
+            # From the moment that it is accumulated, so that clipping sees what the optimizer sees.
+            held.hook = parameter.register_post_accumulate_grad_hook(self._gradient_hook(held))
+
+    def _gradient_hook(self, held: _Held):
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is not None and not self.dense_gradients:
+                parameter.grad.masked_fill_(held.pruned, 0.0)
+
+        return hook
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zeroes the gradients of pruned weights: the hooks may have let them pass, or an all-reduce come after."""
+        for held in self._held.values():
+            if held.target.parameter.grad is not None:
+                held.target.parameter.grad.masked_fill_(held.pruned, 0.0)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Zeroes pruned weights, for optimizers that move weights without a gradient; then lets go what is released."""
+        for held in self._held.values():
+            held.target.parameter.data.masked_fill_(held.pruned, 0.0)
+        for owner in self._released:
+            self.release(owner, at_once=True)
+        self._released.clear()
+
+    def remove(self) -> None:
+        """Lets all weights go."""
+        for name in list(self._held):
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        held = self._held.pop(name)
+        if held.hook is not None:
+            held.hook.remove()
+
+
+class Training:
+    """A training as modifiers see it.
+
+    Attributes:
+        model: without wrappers, so that names have no prefix.
+        optimizer: without accelerate's wrapper.
+        clock, step: where the training is.
+        masks: of the weights.
+        sparseml: whether faults of SparseML are to be reproduced.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, clock: Clock):
+        self.model = unwrap(model)
+        self.optimizer = inner_optimizer(optimizer)
+        self.clock = clock
+        self.step = 0
+        self.sparseml = isinstance(clock, SparsemlClock)
+        self.masks = WeightMasks(optimizer, clears_state=not self.sparseml)
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.clock.steps_per_epoch
+
+    def groups(self, indices: Iterable[int] | None) -> list[dict]:
+        """Parameter groups of the optimizer by their indices, all for None.
+
+        Raises:
+            ValueError: there is no such group.
+        """
+        groups = self.optimizer.param_groups
+        if indices is None:
+            return groups
+        wrong = [i for i in indices if i >= len(groups)]
+        if wrong:
+            raise ValueError(f"the optimizer has {len(groups)} parameter groups, none with index {wrong[0]}")
+        return [groups[i] for i in indices]
+
+    def agree(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masks of the first process, for all of them: rounding may order two scores differently."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return masks
+        if torch.distributed.get_world_size() == 1:
+            return masks
+        flat = torch.cat([mask.flatten() for mask in masks.values()]).to(torch.uint8)
+        torch.distributed.broadcast(flat, src=0)
+        parts = flat.bool().split([mask.numel() for mask in masks.values()])
+        return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)}
+
+    def refuse_native(self, targets: Mapping[str, Target]) -> None:
+        """Makes sure that the weights are dense.
+
+        Raises:
+            ValueError: one belongs to a native sparse layer, whose pattern is fixed.
+        """
+        native = [name for name, target in targets.items() if is_native(target)]
+        if native:
+            raise ValueError(
+                f"{native[0]} belongs to a native sparse layer, whose pattern is fixed: call "
+                "sparse_ft.to_dense(model) first"
+            )

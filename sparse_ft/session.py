@@ -1,0 +1,276 @@
+"""Runs a recipe in a training loop.
+
+```python
+session = SparseSession(model, "recipe.yaml", optimizer, steps_per_epoch=len(loader))
+for epoch in range(session.max_epochs):
+    for batch in loader:
+        loss(model, batch).backward()
+        session.before_step()
+        optimizer.step()
+        session.after_step()
+        optimizer.zero_grad()
+session.finalize()
+```
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.masks import SparsityReport, sparsity
+from sparse_ft.masks.targets import unwrap
+from sparse_ft.methods import FieldError, Modifier, Training
+from sparse_ft.methods.clock import ExactClock, Phase, SparsemlClock
+from sparse_ft.methods.pruning import MaskedTargets
+from sparse_ft.recipes import Recipe, RecipeError
+from sparse_ft.recipes.recipe import Compat
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+
+class SparseSession:
+    """A recipe at work on a model and its optimizer, counted in optimizer steps.
+
+    Args:
+        model: the model in training, also inside DistributedDataParallel; names of the recipe are those without
+            wrapper.
+        recipe: what `Recipe.load` reads, or a recipe.
+        optimizer: that of the training. Its state is kept at zero wherever a weight is pruned.
+        steps_per_epoch: optimizer steps of an epoch (batches / accumulated batches, rounded up).
+        total_steps: of the whole training; `max_epochs * steps_per_epoch` if it is not given.
+        recipe_args, compat, ignore_unknown: see `Recipe.load`.
+
+    Attributes:
+        recipe: what it runs.
+        step: optimizer steps done.
+
+    Raises:
+        RecipeError: the recipe is wrong, has a modifier that is not supported, or names weights that the model lacks.
+        ValueError: a step count below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: str | Path | Recipe,
+        optimizer: torch.optim.Optimizer,
+        steps_per_epoch: int,
+        *,
+        total_steps: int | None = None,
+        recipe_args: str | Mapping[str, Any] | None = None,
+        compat: Compat = None,
+        ignore_unknown: bool = False,
+    ):
+        if steps_per_epoch < 1 or (total_steps is not None and total_steps < 1):
+            raise ValueError(f"steps must be at least 1, not {steps_per_epoch} per epoch and {total_steps} in total")
+        self.recipe = Recipe.load(recipe, args=recipe_args, compat=compat, ignore_unknown=ignore_unknown)
+        self.recipe.check_supported()
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps or self.recipe.max_epochs * steps_per_epoch or None
+        clock = SparsemlClock if self.recipe.compat == "sparseml" else ExactClock
+        self.training = Training(model, optimizer, clock(steps_per_epoch, self.total_steps))
+        self._modifiers = self.recipe.fresh_modifiers()
+        self._phases = [Phase() for _ in self._modifiers]
+        self._in_step = False
+        self._check_names()
+        self._announce_gradients()
+
+    def _check_names(self) -> None:
+        """Finds names that the model lacks now, and not hours later when their modifier begins."""
+        for modifier in self._modifiers:
+            if isinstance(modifier, MaskedTargets):
+                with self._blaming(modifier):
+                    modifier.find_targets(self.training)
+
+    def _blaming(self, modifier: Modifier) -> "_Blame":
+        return _Blame(self.recipe, modifier)
+
+    @property
+    def step(self) -> int:
+        return self.training.step
+
+    @property
+    def epoch(self) -> float:
+        """Where the training is: steps / steps_per_epoch."""
+        return self.training.epoch
+
+    @property
+    def max_epochs(self) -> int:
+        """How many epochs the recipe lasts."""
+        return self.recipe.max_epochs
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """bool masks of the weights that are held now, by name in the state dict; True where a weight trains."""
+        masks = self.training.masks
+        return {name: kept for name in masks.names() if (kept := masks.kept(name)) is not None}
+
+    def sparsity(self) -> SparsityReport:
+        """Sparsity of the model now."""
+        return sparsity(self.training.model)
+
+    def before_step(self) -> bool:
+        """What is due between the backward pass and `optimizer.step()`; returns whether any modifier began, ended or
+        was updated.
+
+        With a gradient scaler call it after `scaler.unscale_(optimizer)`.
+
+        Raises:
+            RecipeError: a modifier cannot do its work.
+        """
+        if self._in_step:
+            raise RuntimeError("before_step was called twice: call after_step after optimizer.step()")
+        self._in_step = True
+        training, acted = self.training, False
+        for modifier, phase in zip(self._modifiers, self._phases, strict=True):
+            event = training.clock.event(modifier.timing, phase, training.step)
+            if not event and not (phase.started and not phase.ended):
+                continue
+            acted |= bool(event)
+            with self._blaming(modifier):
+                if event.starts:
+                    modifier.start(training)
+                    phase.started = True
+                if event.updates:
+                    modifier.update(training)
+                    phase.last_update = training.epoch
+                modifier.before_step(training)
+                if event.ends:
+                    modifier.end(training)
+        training.masks.mask_gradients()
+        return acted
+
+    def after_step(self) -> None:
+        """What is due after `optimizer.step()`: pruned weights are zero again."""
+        if not self._in_step:
+            raise RuntimeError("after_step was called without before_step: call that before optimizer.step()")
+        self._in_step = False
+        training = self.training
+        training.masks.apply()
+        for modifier, phase in zip(self._modifiers, self._phases, strict=True):
+            if phase.started and not phase.ended:
+                modifier.after_step(training)
+                phase.ended = bool(training.clock.event(modifier.timing, phase, training.step).ends)
+        training.step += 1
+        self._announce_gradients()
+
+    def _announce_gradients(self) -> None:
+        """Lets the gradients of the next step pass the masks if a modifier has to see them."""
+        training = self.training
+        # SparseML masks gradients when all modifiers have had their say, and not before.
+        training.masks.dense_gradients = training.sparseml or any(
+            modifier.wants_dense_gradients(training, training.step)
+            for modifier, phase in zip(self._modifiers, self._phases, strict=True)
+            if phase.started and not phase.ended
+        )
+
+    def apply_masks(self, model: nn.Module) -> None:
+        """Zeroes the pruned weights of another model of the same names: an average (EMA) of the weights, for one."""
+        parameters = dict(unwrap(model).named_parameters())
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
+
+    def finalize(self) -> SparsityReport:
+        """Ends the session: masks are applied once more and let go, what is unfinished is warned of.
+
+        The model is as dense in layout as before, with its zeros; hold them with `sparse_ft.freeze_masks` or a
+        ConstantPruningModifier if training goes on.
+
+        Returns:
+            The sparsity of every layer.
+        """
+        for modifier, phase in zip(self._modifiers, self._phases, strict=True):
+            missing = "" if phase.ended else modifier.unfinished(self.training)
+            if missing:
+                logger.warning("training ended at epoch %g, but %s (%s)", self.epoch, missing, modifier.type_name)
+        self.training.masks.apply()
+        self.training.masks.remove()
+        return self.sparsity()
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed session needs beside model and optimizer: plain values and tensors.
+
+        "masks" has the mask of every modifier and weight under "INDEX.NAME"; the rest can be written as JSON.
+        """
+        if self._in_step:
+            raise RuntimeError("the state can be taken after after_step, not in the middle of a step")
+        return {
+            "format": _FORMAT,
+            "step": self.step,
+            "modifiers": [
+                {"type": modifier.type_name, **phase.state_dict(), "state": modifier.state_dict()}
+                for modifier, phase in zip(self._modifiers, self._phases, strict=True)
+            ],
+            "masks": {
+                f"{modifier.owner}.{name}": mask
+                for modifier in self._modifiers
+                for name, mask in self.training.masks.of(modifier.owner).items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; model and optimizer have to be loaded before.
+
+        Raises:
+            RecipeError: the state is of a recipe with other modifiers, or of another model.
+        """
+        entries = state.get("modifiers", ())
+        if state.get("format") != _FORMAT or [e["type"] for e in entries] != [m.type_name for m in self._modifiers]:
+            theirs = ", ".join(entry["type"] for entry in entries) or "none"
+            raise RecipeError(
+                f"cannot go on from this state: it is of a recipe with the modifiers {theirs}", recipe=self.recipe.name
+            )
+        training = self.training
+        training.masks.remove()
+        training.step = int(state["step"])
+        self._in_step = False
+        for modifier, phase, entry in zip(self._modifiers, self._phases, entries, strict=True):
+            phase.started, phase.ended = bool(entry["started"]), bool(entry["ended"])
+            phase.last_update = float(entry["last_update"])
+            modifier.load_state_dict(entry["state"])
+            masks = _of_owner(state["masks"], modifier.owner)
+            with self._blaming(modifier):
+                if phase.started and (not phase.ended or masks):
+                    modifier.resume(training)
+                if masks:
+                    assert isinstance(modifier, MaskedTargets)
+                    _check_masks(modifier, masks)
+                    training.masks.hold(modifier.owner, modifier.targets, masks)
+        self._announce_gradients()
+
+
+def _of_owner(masks: Mapping[str, Tensor], owner: int) -> dict[str, Tensor]:
+    prefix = f"{owner}."
+    return {name.removeprefix(prefix): mask.bool() for name, mask in masks.items() if name.startswith(prefix)}
+
+
+def _check_masks(modifier: MaskedTargets, masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        target = modifier.targets.get(name)
+        if target is None or target.parameter.shape != mask.shape:
+            found = "no such weight" if target is None else f"shape {tuple(target.parameter.shape)}"
+            raise ValueError(f"the state has a mask of {name} of shape {tuple(mask.shape)}, the model has {found}")
+
+
+class _Blame:
+    """Turns errors of a modifier into those of its line in the recipe."""
+
+    def __init__(self, recipe: Recipe, modifier: Modifier):
+        self.recipe = recipe
+        self.modifier = modifier
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, FieldError) or (isinstance(error, ValueError) and not isinstance(error, RecipeError)):
+            raise self.recipe.blame(self.modifier, error) from error
