@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ConversionReport": "sparse_ft.conversion",
     "Recipe": "sparse_ft.recipes",
+    "RecipeError": "sparse_ft.recipes",
     "SparseSession": "sparse_ft.session",
     "SparseTrainer": "sparse_ft.trainer",
     "SparseTrainingArguments": "sparse_ft.trainer",

@@ -124,7 +124,9 @@ class Scheduled(Modifier):
 
     def check(self) -> None:
         if self.end_epoch != NEVER and self.end_epoch < self.start_epoch:
-            raise self.wrong("end_epoch", f"must not be before start_epoch ({self.start_epoch:g}), is {self.end_epoch:g}")
+            raise self.wrong(
+                "end_epoch", f"must not be before start_epoch ({self.start_epoch:g}), is {self.end_epoch:g}"
+            )
 
 
 class Unsupported(Modifier):

@@ -114,7 +114,8 @@ class ExactClock:
         assert end is not None
         if step >= end:
             return 1.0
-        return float(max(self.elapsed(timing, step) / (_exact(timing.end) - max(_exact(timing.start), Fraction(0))), 0))
+        length = _exact(timing.end) - max(_exact(timing.start), Fraction(0))
+        return max(float(self.elapsed(timing, step) / length), 0.0)
 
 
 class SparsemlClock:

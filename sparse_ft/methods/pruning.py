@@ -134,7 +134,7 @@ class GradualPruning(MaskedTargets, Scheduled):
     scope: str = field(
         choice(*SCOPES),
         "uniform",
-        doc="Every weight alike (uniform), more in larger layers (erk), or the lowest scores of all together (global).",
+        doc="Every weight alike (uniform), more in larger layers (erk), the lowest scores of all together (global).",
     )
 
     def check(self) -> None:
@@ -244,4 +244,3 @@ class GradualPruning(MaskedTargets, Scheduled):
         final = self.final_sparsity
         shown = f"{max(final):g}" if isinstance(final, dict) else f"{final:g}"
         return f"the final sparsity of {shown} is due at epoch {self.end_epoch:g}"
-

@@ -87,16 +87,18 @@ def compile_pattern(entry: str) -> re.Pattern[str]:
 
 
 def _count_repeats(parsed: Iterable, inside: bool) -> int:
-    """Unbounded repeats of a parsed pattern; nested ones are an error."""
+    """Unbounded repeats of a parsed pattern; one whose body can match in several ways is an error."""
     count = 0
     for operation, argument in parsed:
         if str(operation) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            _, most, body = argument
-            many = most > 20  # a long bounded repeat is as slow as an open one
-            if many and inside:
+            least, most, body = argument
+            if inside and least != most:
                 raise re.error("a repeat inside a repeat may take forever to match")
-            count += many + _count_repeats(body, inside or most > 1)
+            # A long bounded repeat is as slow as an open one.
+            count += (most > 20) + _count_repeats(body, inside or most > 1)
         else:
+            if inside and str(operation) == "BRANCH":
+                raise re.error("alternatives inside a repeat may take forever to match")
             count += sum(_count_repeats(body, inside) for body in _bodies(argument))
     return count
 

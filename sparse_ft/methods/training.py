@@ -108,7 +108,7 @@ class WeightMasks:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Zeroes pruned weights, for optimizers that move weights without a gradient; then lets go what is released."""
+        """Zeroes pruned weights, which some optimizers move without a gradient; then lets go what is released."""
         for held in self._held.values():
             held.target.parameter.data.masked_fill_(held.pruned, 0.0)
         for owner in self._released:

@@ -184,7 +184,9 @@ class _Parser:
         entries = []
         for each in value:
             if not isinstance(each, Tagged):
-                raise self.error(f"{name!r} must hold modifiers such as - !GMPruningModifier, not {_shown(each)}", line)
+                raise self.error(
+                    f"{name!r} must hold modifiers such as - !GMPruningModifier, not {_shown(each)}", line
+                )
             entries.append(self.entry(each.tag, each, each.line))
         return Group(name, entries)
 

@@ -40,7 +40,7 @@ _DROPPED = ("log_types",)
 class Recipe:
     """What to do to a model while it trains: a list of modifiers; see docs/recipes.md.
 
-    Two recipes are equal if they are written alike: the same dialect, stages, variables and modifiers in the same order.
+    Two recipes are equal if they are written alike: dialect, stages, variables and modifiers in their order.
 
     Attributes:
         name: where it comes from, for messages.
@@ -114,7 +114,9 @@ class Recipe:
         try:
             cls = find_modifier(entry.type_name)
         except KeyError as error:
-            self._complain(RecipeError(str(error.args[0]), recipe=self.name, line=entry.line, modifier=entry.type_name))
+            self._complain(
+                RecipeError(str(error.args[0]), recipe=self.name, line=entry.line, modifier=entry.type_name)
+            )
             return None
         if cls.unsupported and self.ignore_unknown:
             logger.warning("%s: %s %s; it is passed over", self._where(entry.line), entry.type_name, cls.unsupported)
@@ -246,12 +248,13 @@ def _complete(cls: type[Modifier], fields: dict[str, Any]) -> None:
 def _override(document: Document, values: Mapping[str, Any], recipe: str) -> None:
     """Replaces variables, those of stages as well."""
     for name, value in values.items():
-        scopes = [scope for scope in [document, *document.stages] if name in scope.variables]
-        if not scopes and document.dialect == "new":
-            scopes = [document]  # where arguments need not be declared
-        if not scopes:
-            known = {name: None for scope in [document, *document.stages] for name in scope.variables}
+        scopes = [document.variables, *(stage.variables for stage in document.stages)]
+        chosen = [scope for scope in scopes if name in scope]
+        if not chosen and document.dialect == "new":
+            chosen = scopes[:1]  # where arguments need not be declared
+        if not chosen:
+            known = list(dict.fromkeys(name for scope in scopes for name in scope))
             listed = f"its variables are {', '.join(known)}" if known else "it has none"
             raise RecipeError(f"has no variable {name!r} to set; {listed}", recipe=recipe)
-        for scope in scopes:
-            scope.variables[name] = value
+        for scope in chosen:
+            scope[name] = value

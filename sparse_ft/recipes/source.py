@@ -55,7 +55,9 @@ def read_source(source: str | Path) -> RecipeText:
 
 def _read_file(path: Path, name: str) -> RecipeText:
     if path.suffix.lower() not in _SUFFIXES:
-        raise RecipeError(f"a recipe is a {', '.join(_SUFFIXES)} file, not {path.suffix or 'one without suffix'}", recipe=name)
+        raise RecipeError(
+            f"a recipe is a {', '.join(_SUFFIXES)} file, not {path.suffix or 'one without suffix'}", recipe=name
+        )
     if path.stat().st_size > 4 * MAX_CHARACTERS:
         raise RecipeError(f"has {path.stat().st_size:,} bytes, which is no recipe", recipe=name)
     try:
@@ -92,7 +94,9 @@ def front_matter(source: RecipeText) -> str:
     markers = [i for i, line in enumerate(lines) if line.rstrip() in _MARKERS]
     # In YAML a first `---` begins the document, and there may be no second one.
     if source.markdown and len(markers) < 2:
-        missing = "no front matter: lines of --- alone before and after the recipe" if not markers else "no --- that ends it"
+        missing = (
+            "no front matter: lines of --- alone before and after the recipe" if not markers else "no --- that ends it"
+        )
         raise RecipeError(f"has {missing}", recipe=source.name, line=markers[0] + 1 if markers else None)
     if not markers:
         return source.text

@@ -29,7 +29,9 @@ def _stage(stage: Stage, dialect: str) -> str:
     for group in stage.groups:
         if dialect == "flat" and "".join(parts):
             parts.append("\n")
-        parts.append(f"{' ' * indent}{_key(group.name)}:{'' if group.entries else ' {}' if dialect == 'new' else ' []'}\n")
+        parts.append(
+            f"{' ' * indent}{_key(group.name)}:{'' if group.entries else ' {}' if dialect == 'new' else ' []'}\n"
+        )
         for i, entry in enumerate(group.entries):
             if i and dialect != "new":
                 parts.append("\n")
@@ -89,9 +91,11 @@ def _text(value: str) -> str:
     if _WORD.fullmatch(value) and parse_scalar(value) == value:
         return value
     # JSON's strings are YAML's double-quoted ones.
-    return json.dumps(value, ensure_ascii=False) if value.isprintable() else yaml.safe_dump(
-        value, default_style='"', width=2**31, allow_unicode=False
-    ).strip()
+    return (
+        json.dumps(value, ensure_ascii=False)
+        if value.isprintable()
+        else yaml.safe_dump(value, default_style='"', width=2**31, allow_unicode=False).strip()
+    )
 
 
 def _key(key: Any) -> str:

@@ -1,7 +1,7 @@
 """YAML as data: plain values with the lines that they stand on, and nothing that runs code or grows without bound.
 
-What is read is YAML 1.1 as PyYAML's safe loader reads it, except where that surprises: `1e-4` is a number, `2:4` a text
-(and not 124), a date a text, and a key that is there twice an error.
+What is read is YAML 1.1 as PyYAML's safe loader reads it, except where that surprises: `1e-4` is a number, `2:4` a
+text (and not 124), a date a text, and a key that is there twice an error.
 """
 
 import re
@@ -194,4 +194,3 @@ class _Reader:
 
     def _error(self, problem: str, node: yaml.Node) -> RecipeError:
         return RecipeError(problem, recipe=self.recipe, line=node.start_mark.line + 1)
-

@@ -104,4 +104,3 @@ class ACDCPruning(MaskedTargets, Scheduled):
 
     def preview(self, clock: Clock, step: int) -> dict[str, float]:
         return {"sparsity": self.compression_sparsity if self.is_sparse(clock, step) else 0.0}
-

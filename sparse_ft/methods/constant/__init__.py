@@ -3,7 +3,7 @@
 import logging
 
 from ..base import Scheduled
-from ..fields import EPOCH, NEVER, FLAG, field
+from ..fields import EPOCH, FLAG, NEVER, field
 from ..pruning import MaskedTargets
 from ..registry import register
 from ..targets import is_native

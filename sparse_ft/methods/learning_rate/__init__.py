@@ -177,7 +177,7 @@ class LearningRate(LearningRateModifierBase, Scheduled):
 
     def update(self, training: Training) -> None:
         # At its end the rate stays as it is.
-        if self.end_epoch == NEVER or training.step < training.clock.number(self.end_epoch) * training.clock.steps_per_epoch:
+        if self.end_epoch == NEVER or training.epoch < self.end_epoch:
             self.set_rate(training, self.rate(training.clock, training.step))
 
     def preview(self, clock: Clock, step: int) -> dict[str, float]:

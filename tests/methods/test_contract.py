@@ -1,0 +1,151 @@
+"""What every pruning method has to keep: its sparsity, exact resume, clean state, dense checkpoints, equal ranks."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+import torch.nn.functional as F
+
+from sparse_ft.optimizer_state import elementwise_state
+
+sys.path.append(str(Path(__file__).parents[1] / "session"))
+
+from loop import OPTIMIZERS, STEPS, Network, batch, make, train, zeros
+
+EPOCHS = 4
+TARGETS = "params: ['conv.weight', 'hidden.weight']"
+GRADUAL = f"{TARGETS}, init_sparsity: 0.1, final_sparsity: 0.75, start_epoch: 0, end_epoch: 3, update_frequency: 0.4"
+
+# Method -> modifier and its final sparsity over conv.weight and hidden.weight.
+METHODS = {
+    "gmp": (f"!GMPruningModifier {{{GRADUAL}}}", 0.75),
+    "gmp-erk": (f"!GMPruningModifier {{{GRADUAL}, scope: erk}}", 0.75),
+    "magnitude": (f"!MagnitudePruningModifier {{{GRADUAL}, inter_func: linear}}", 0.75),
+    "global-magnitude": (f"!GlobalMagnitudePruningModifier {{{GRADUAL}}}", 0.75),
+    "block": (f"!MagnitudePruningModifier {{{GRADUAL}, mask_type: block4}}", 0.75),
+    "n-of-m": (
+        f"!MagnitudePruningModifier {{{TARGETS}, init_sparsity: 0.5, final_sparsity: 0.5, start_epoch: 1,"
+        " end_epoch: 2, update_frequency: 1, mask_type: '2:4'}",
+        0.5,
+    ),
+    "acdc": (
+        f"!ACDCPruningModifier {{{TARGETS}, compression_sparsity: 0.75, start_epoch: 0, end_epoch: 4,"
+        " update_frequency: 1}",
+        0.75,
+    ),
+}
+
+
+def recipe(method):
+    return f"modifiers:\n  - {METHODS[method][0]}\n"
+
+
+def through_files(state):
+    """A session's state as a checkpoint has it: values as JSON, masks as tensors."""
+    stream = io.BytesIO()
+    torch.save(state["masks"], stream)
+    stream.seek(0)
+    rest = json.loads(json.dumps({name: value for name, value in state.items() if name != "masks"}))
+    return rest | {"masks": torch.load(stream)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_is_reached(method):
+    model, optimizer, session = make(recipe(method), epochs=EPOCHS)
+    train(model, optimizer, session, EPOCHS * STEPS)
+    report = session.finalize()
+    numel = model.conv.weight.numel() + model.hidden.weight.numel()
+    assert zeros(model, "conv.weight", "hidden.weight") * numel == pytest.approx(METHODS[method][1] * numel, abs=3)
+    assert {layer.name for layer in report.layers if layer.nnz < layer.numel} == {"conv", "hidden"}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_optimizer_state_is_clean(method, optimizer):
+    model, made, session = make(recipe(method), epochs=EPOCHS, optimizer=optimizer)
+
+    def check(step):
+        for name, mask in session.masks.items():
+            weight = model.get_parameter(name)
+            assert not weight[~mask].any()
+            for key, state in elementwise_state(made, weight):
+                assert not state[~mask].any(), (step, key)
+
+    train(model, made, session, EPOCHS * STEPS, each=check)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_exact(method, optimizer):
+    whole = make(recipe(method), epochs=EPOCHS, optimizer=optimizer)
+    saved = {}
+
+    def save(step):
+        if step + 1 in (1, 7, 12, 17):
+            state = through_files(whole[2].state_dict())
+            saved[step + 1] = [*(copy(part.state_dict()) for part in whole[:2]), state]
+
+    train(*whole, EPOCHS * STEPS, each=save)
+    for step, (weights, moments, state) in saved.items():
+        model, made, session = make(recipe(method), epochs=EPOCHS, optimizer=optimizer, seed=9)
+        model.load_state_dict(weights)
+        made.load_state_dict(moments)
+        session.load_state_dict(state)
+        train(model, made, session, EPOCHS * STEPS - step)
+        for name, tensor in whole[0].state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), (step, name)
+
+
+def copy(state):
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    stream.seek(0)
+    return torch.load(stream)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_are_dense(method):
+    model, optimizer, session = make(recipe(method), epochs=EPOCHS)
+    train(model, optimizer, session, 2 * STEPS)
+    plain = Network(seed=3)
+    plain.load_state_dict(model.state_dict())
+    images, _ = batch(0)
+    assert torch.equal(plain.eval()(images), model.eval()(images))
+
+
+def train_on_a_rank(rank, world, address, methods, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
+    for method in methods:
+        model, optimizer, session = make(recipe(method), epochs=EPOCHS)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        masks = []
+        for step in range(EPOCHS * STEPS):
+            images, labels = batch(step, seed=rank + 1)
+            optimizer.zero_grad()
+            F.cross_entropy(parallel(images), labels).backward()
+            session.before_step()
+            optimizer.step()
+            session.after_step()
+            masks.append({name: mask.clone() for name, mask in session.masks.items()})
+        model.norm.running_mean.zero_()  # of each rank's own batches
+        model.norm.running_var.zero_()
+        torch.save((masks, model.state_dict()), f"{results}/{method}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_agree(tmp_path):
+    arguments = 2, str(tmp_path / "address"), list(METHODS), str(tmp_path)
+    torch.multiprocessing.spawn(train_on_a_rank, args=arguments, nprocs=2)
+    for method in METHODS:
+        (masks, weights), (other_masks, other_weights) = (torch.load(tmp_path / f"{method}-{i}.pt") for i in (0, 1))
+        assert any(masks)
+        for ours, theirs in zip(masks, other_masks, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(mask, theirs[name]) for name, mask in ours.items()), method
+        assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items()), method
