@@ -73,7 +73,7 @@ def test_fields(changes, expected):
          "lr_kwargs: of MultiStepLR: gama unknown field; did you mean 'gamma'?"),
         ("LearningRateModifier",
          {"lr_class": "MultiStepLR", "lr_kwargs": "{milestones: [9]}", "init_lr": 1, "start_epoch": 0, "end_epoch": 8},
-         "lr_kwargs: milestone 9 is not between start and end"),
+         "lr_kwargs: milestone 9 is not between start_epoch and end_epoch"),
         ("SetWeightDecayModifier", {"weight_decay": -1}, "weight_decay: must be a number at least 0, not -1"),
         ("ACDCPruningModifier", {}, "is missing"),
     ],

@@ -332,9 +332,7 @@ def test_a_state_of_something_else_is_refused():
     with pytest.raises(RecipeError, match="of a recipe with the modifiers GMPruningModifier"):
         other.load_state_dict(state)
     state["masks"] = {name: mask[:2] for name, mask in state["masks"].items()}
-    with pytest.raises(
-        RecipeError, match=r"GMPruningModifier: the state has a mask of conv.weight of shape \(2, 4, 3, 3\)"
-    ):
+    with pytest.raises(RecipeError, match=r"GMPruningModifier: the state has a mask of conv.weight of shape"):
         make(gmp())[2].load_state_dict(state)
 
 

@@ -140,7 +140,7 @@ class LearningRate(LearningRateModifierBase, Scheduled):
     lr_class: str = field(choice(*_CLASSES), doc="The schedule.")
     lr_kwargs: Any = field(
         MAPPING,
-        doc="Its options. StepLR: step_size, gamma; MultiStepLR: milestones, gamma; ExponentialLR: gamma (each epoch); "
+        doc="Its options. StepLR: step_size, gamma; MultiStepLR: milestones, gamma; ExponentialLR: gamma; "
         "CosineAnnealingWarmRestarts: lr_min, cycle_epochs, cycle_mult.",
     )
     init_lr: float = field(RATE, doc="Learning rate at the start.")
