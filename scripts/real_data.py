@@ -41,7 +41,7 @@ from sparse_ft.finetune import ModelChoice, load_for_training, make_trainer
 from sparse_ft.masks import mask_state, prune
 from sparse_ft.memory import keep_freed_memory
 from sparse_ft.nn import SparseModule
-from sparse_ft.steps import training_step
+from sparse_ft.steps import make_optimizer, training_step
 from sparse_ft.tune import interleaved_medians
 
 IMAGENETTE_IN_IMAGENET = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
@@ -422,7 +422,9 @@ def choose_layout(model: nn.Module, trainer: SparseTrainer) -> str:
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     batch = trainer.example_inputs()
     models = {name: copy.deepcopy(model).to(memory_format=layout) for name, layout in formats.items()}
-    medians = interleaved_medians({name: training_step(m, batch, "adamw") for name, m in models.items()}, rounds=3)
+    medians = interleaved_medians(
+        {name: training_step(m, batch, make_optimizer(m, "adamw")) for name, m in models.items()}, rounds=3
+    )
     fastest = min(medians, key=lambda name: medians[name])
     model.to(memory_format=formats[fastest])
     return fastest

@@ -39,34 +39,46 @@ def loss_of(outputs: Any) -> Tensor:
     return first.float().square().mean()
 
 
-def training_step(model: nn.Module, batch: Any, optimizer: str | None = "sgd") -> Callable[[], None]:
-    """A function that trains `model` for one step on `batch`; with optimizer None it leaves the weights alone.
+def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """An optimizer for what is trained in `model`.
 
     Raises:
-        ValueError: for an unknown optimizer.
+        ValueError: for an unknown name.
     """
-    update = None
-    if optimizer is not None:
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
-        update = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
+    return OPTIMIZERS[name]([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+def training_step(
+    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, *, bf16: bool = False
+) -> Callable[[], None]:
+    """A function that trains `model` for one step on `batch`.
+
+    Args:
+        optimizer: None leaves the weights as they are.
+        bf16: run forward under torch's autocast to bfloat16.
+    """
     model.train()
 
     def step() -> None:
-        loss_of(call(model, batch)).backward()
-        if update is not None:
-            update.step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(call(model, batch))
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
         model.zero_grad(set_to_none=True)
 
     return step
 
 
-def inference_step(model: nn.Module, batch: Any) -> Callable[[], None]:
+def inference_step(model: nn.Module, batch: Any, *, bf16: bool = False) -> Callable[[], None]:
     """A function that runs `model` forward in evaluation mode, without gradients."""
     model.eval()
 
     @torch.no_grad()
     def step() -> None:
-        call(model, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            call(model, batch)
 
     return step

@@ -154,7 +154,7 @@ def time_step(dense: nn.Module, sparse: nn.Module, batch: Any) -> Timing:
     trained = any(parameter.requires_grad for parameter in dense.parameters())
 
     def run(model: nn.Module, batch: Any) -> Callable[[], None]:
-        return training_step(model, batch, optimizer=None) if trained else inference_step(model, batch)
+        return training_step(model, batch, None) if trained else inference_step(model, batch)
 
     return duel({"dense": run(dense, to_channels_last(batch))}, run(sparse, batch), _STEP_BUDGET_S)
 

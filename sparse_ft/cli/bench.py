@@ -1,26 +1,23 @@
 """`sparse-ft bench`: dense against sparse, per layer and end to end."""
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sparse_ft.cli import options
 from sparse_ft.cli.errors import UsageError
 
-if TYPE_CHECKING:
-    from sparse_ft.bench import StepComparison
-    from sparse_ft.conversion import ConversionReport
-
 EXAMPLES = """  sparse-ft bench out/resnet18-90
-  sparse-ft bench timm/resnet18 --sparsity 0.95 --batch-size 32 --image-size 224 --threads 2
-  sparse-ft bench out/bert-80 --batch-size 16 --seq-len 128 --optimizer adamw --json"""
+  sparse-ft bench timm/resnet18 --sparsity 0.95 --batch-size 32 --image-size 224 --threads 2 --plot resnet18.png
+  sparse-ft bench timm/vit_small_patch16_224 --sparsity 0.9 --batch-size 16 --optimizer adamw
+  sparse-ft bench bert.json --sparsity 0.97 --batch-size 16 --seq-len 128 --optimizer adamw --json
+    # with bert.json: {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}"""
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = options.make_parser(
         prog,
         "Time training (forward, backward, optimizer) dense against sparse, taking turns in one process.\n"
-        "The dense opponent is the faster of torch's contiguous and channels-last layouts.",
+        "Opponents are the dense model in torch's contiguous and channels-last layouts, in fp32 and under autocast\n"
+        "to bfloat16. Peak memory is that of a process of its own for each.",
         EXAMPLES,
     )
     options.add_model_options(parser, positional=True)
@@ -35,10 +32,12 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--min-sparsity", type=options.fraction, default=0.5, help="layers below it stay dense")
     parser.add_argument("--threads", type=options.positive, help="threads, as torch.set_num_threads")
+    parser.add_argument("--no-bf16", action="store_true", help="leave out the opponents in bfloat16")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument(
         "--no-keep-memory", action="store_true", help="let freed memory go back to the system between steps"
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw the layers' times (png, svg or pdf)")
+    parser.add_argument("--plot", metavar="FILE", help="draw steps, memory and layers (png, svg or pdf)")
     options.add_json_option(parser)
     return parser
 
@@ -49,15 +48,18 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     import sparse_ft
-    from sparse_ft.cli.models import example_batch, load_dense
+    from sparse_ft.bench import benchmark
+    from sparse_ft.cli.models import example_batch, load_or_create
+    from sparse_ft.footprint import can_measure
     from sparse_ft.memory import keep_freed_memory
+    from sparse_ft.report.speed import plot_benchmark
 
     with options.figures_only(args.json) as out:
         if args.threads:
             torch.set_num_threads(args.threads)
         if not args.no_keep_memory:
             print(keep_freed_memory(), file=sys.stderr)
-        model = load_dense(args)
+        model = load_or_create(args)
         if args.sparsity is not None:
             sparse_ft.prune(model, args.sparsity)
         batch = example_batch(model, args.batch_size, image_size=args.image_size, seq_len=args.seq_len)
@@ -65,47 +67,32 @@ def run(args: argparse.Namespace) -> None:
         if not conversion.converted and not any(layer.sparse_ms for layer in conversion.layers):
             reasons = sorted({layer.reason for layer in conversion.layers})
             raise UsageError(f"no layer can run sparse ({'; '.join(reasons)}): prune the model with --sparsity")
-        steps = None
-        if conversion.converted:
-            steps = sparse_ft.compare_steps(model, batch, steps=args.steps, optimizer=args.optimizer)
+        memory = not args.no_memory and can_measure()
+        if memory != (not args.no_memory):
+            print("memory is not measured: this system has no /proc/self/clear_refs", file=sys.stderr)
+        result = benchmark(
+            model,
+            batch,
+            conversion,
+            title=title(args, sparse_ft.sparsity(model).overall_pruned),
+            steps=args.steps,
+            optimizer=args.optimizer,
+            bf16=not args.no_bf16,
+            memory=memory,
+            keep_memory=not args.no_keep_memory,
+        )
         if args.plot:
-            plot(conversion, args.plot)
-        options.print_result(out, Benchmark(conversion, steps), args.json)
+            plot_benchmark(result, args.plot)
+        options.print_result(out, result, args.json)
 
 
-class Benchmark:
-    """Layers, and whole steps unless every layer was faster dense."""
+def title(args: argparse.Namespace, sparsity: float) -> str:
+    """Model and setting in one line."""
+    import torch
 
-    def __init__(self, conversion: "ConversionReport", steps: "StepComparison | None"):
-        self.conversion = conversion
-        self.steps = steps
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"layers": self.conversion.to_dict()["layers"], "step": self.steps and self.steps.to_dict()}
-
-    def __str__(self) -> str:
-        steps = self.steps or "no layer is faster sparse on this machine: the training step is the dense one"
-        return f"{self.conversion}\n\n{steps}"
-
-
-def plot(conversion: "ConversionReport", path: str | Path) -> None:
-    """Draws dense and sparse milliseconds (forward and backward) of each measured layer."""
-    from matplotlib.figure import Figure
-
-    layers = [layer for layer in conversion.layers if layer.dense_ms is not None and layer.sparse_ms is not None]
-    if not layers:
-        raise UsageError("--plot draws measured layers: it goes with --policy auto")
-    figure = Figure(figsize=(8, 1.4 + 0.3 * len(layers)), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(layers))
-    axes.barh(
-        [p - 0.2 for p in places], [layer.dense_ms or 0 for layer in layers], 0.4, label="dense", color="#9aa5b1"
+    size = f", {args.image_size} pixels" if args.image_size else f", {args.seq_len} tokens" if args.seq_len else ""
+    threads = torch.get_num_threads()
+    return (
+        f"{args.model}: pruned layers {sparsity:.1%} zeros, batch {args.batch_size}{size}, {args.optimizer}, "
+        f"{threads} thread{'s' * (threads > 1)}"
     )
-    axes.barh(
-        [p + 0.2 for p in places], [layer.sparse_ms or 0 for layer in layers], 0.4, label="sparse", color="#3b6ea5"
-    )
-    axes.set_yticks(list(places), [layer.name for layer in layers], fontsize=8, parse_math=False)
-    axes.invert_yaxis()
-    axes.set_xlabel("forward and backward, ms")
-    axes.legend()
-    figure.savefig(path, dpi=150)

@@ -88,11 +88,28 @@ def load(
     return model
 
 
-def _config(folder: Path) -> PretrainedConfig:
+def create(config_file: Path) -> nn.Module:
+    """The model that a configuration in JSON describes, with random weights.
+
+    `model_type` is enough; `architectures` names the class where several would fit.
+
+    Raises:
+        ModelError: The architecture is unknown, or the configuration asks for what it cannot be.
+    """
+    config = _config(config_file)
+    model_class = _model_class(config_file, config, None, with_labels=False)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return model_class._from_config(config)
+    except Exception as error:  # whatever settings make an architecture raise
+        raise ModelError(f"{config_file}: {one_line(error)}") from error
+
+
+def _config(path: Path) -> PretrainedConfig:
+    """From a folder's config.json, or a file."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as above
-        raise ModelError(f"{folder}/config.json: {one_line(error)}") from error
+        raise ModelError(f"{path}{'/config.json' if path.is_dir() else ''}: {one_line(error)}") from error
 
 
 def _model_class(folder: Path, config: PretrainedConfig, task: str | None, *, with_labels: bool) -> Any:

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sparse_ft
+from sparse_ft import footprint
 from sparse_ft.cli import COMMANDS
 from sparse_ft.cli.env import OPENMP_LIBRARY
 
@@ -164,22 +165,57 @@ def test_prune_and_inspect(run, tmp_path):
 def test_bench(run, image_model, tmp_path):
     plot = tmp_path / "layers.svg"
     options = ("--batch-size", 2, "--image-size", 32, "--steps", 1, "--no-keep-memory")
-    status, out, err = run("bench", image_model, *options, "--policy", "always", "--json")
+    status, out, err = run("bench", image_model, *options, "--policy", "always", "--json", "--no-memory")
     assert status == 0, err
     result = json.loads(out)
     assert sum(layer["converted"] for layer in result["layers"]) == 14
-    assert result["step"]["sparse_ms"] > 0
-    status, out, err = run("bench", image_model, *options, "--plot", plot)
+    assert result["step"]["sparse_ms"] > 0 and result["memory"] == {}
+    assert set(result["step"]["variants"]) > {"sparse", "dense channels_last", "dense bf16 channels_last"}
+    status, out, err = run("bench", image_model, *options, "--plot", plot, "--no-memory", "--no-bf16")
     assert status == 0, err
-    assert "training step: dense" in out or "no layer is faster sparse on this machine" in out
+    assert "training step: dense" in out or "no layer runs sparse: the training step is the dense one" in out
+    assert "bf16" not in out and "peak MB: " not in out
     assert "<svg" in plot.read_text()
 
 
 def test_bench_of_a_text_model(run, text_model):
     options = ("--batch-size", 2, "--seq-len", 8, "--steps", 1, "--no-keep-memory", "--policy", "always")
-    status, out, err = run("bench", text_model, *options, "--optimizer", "adamw")
+    status, out, err = run("bench", text_model, *options, "--optimizer", "adamw", "--no-bf16")
     assert status == 0, err
-    assert "training step: dense" in out
+    assert "training step: dense" in out and "2, 8 tokens, adamw, 1 thread" in out
+    if footprint.can_measure():
+        assert "MB held between steps" in out and "peak MB: the whole process" in out
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 1, "n_head": 2},
+        {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "intermediate_size": 64},
+        {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "intermediate_size": 64, "image_size": 32},
+    ],
+    ids=lambda config: config["model_type"],
+)  # fmt: skip
+def test_bench_of_a_configuration(run, tmp_path, config):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(config | {"vocab_size": 50} if config["model_type"] != "vit" else config))
+    options = ("--sparsity", 0.9, "--batch-size", 2, "--steps", 1, "--no-keep-memory", "--policy", "always")
+    status, out, err = run("bench", path, *options, "--no-memory", "--no-bf16")
+    assert status == 0, err
+    assert "training step: dense" in out and "pruned layers 90" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "model.json: "), ('{"model_type": "konvnet"}', "model.json: "), ("[]", "model.json")]
+)
+def test_bench_of_a_configuration_that_is_none(run, tmp_path, text, message):
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    status, _, err = run("bench", path, "--sparsity", 0.9)
+    assert status == 1
+    assert message in one_error(err, "bench")
 
 
 def test_bench_of_a_dense_model(run):
