@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize("command", COMMANDS)
 def test_reference_names_every_option(command):
     section = (DOCS / "cli.md").read_text().split(f"\n## {command}\n")[1].split("\n## ")[0]
-    named = set(re.findall(r"--[a-z][a-z-]*", section))
+    named = set(re.findall(r"--[a-z][a-z0-9-]*", section))
     parser = importlib.import_module(f"sparse_ft.cli.{command}").make_parser("sparse-ft")
     own = {
         name
