@@ -1,309 +1,106 @@
-"""Measures what docs/benchmarks.md states: roofs, single layers, whole training steps, against dense torch and the
-published packages. Opponents take turns in one process; figures are medians, ratios of medians, and GF/s.
+"""Measures what docs/benchmarks.md states, each figure beside its opponents: torch dense in fp32 and bf16, torch CSR,
+onnxruntime, sparseprop, sparselab. Variants take turns in one process; figures are medians.
 
-    python scripts/bench.py [--threads 2] [--sections layers steps ...] [--json F] [--markdown F]
+    python scripts/bench.py --list
+    python scripts/bench.py --only 'train/resnet18-*' roofs --markdown out/bench.md
+    python scripts/bench.py --page docs/benchmarks.md            # everything: hours on two cores
+    python scripts/bench.py --reuse --page docs/benchmarks.md    # what an interrupted run has not measured yet
 """
 
 import argparse
-import importlib.metadata
+import fnmatch
 import json
 import os
-import platform
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
+from benchmarks import inference, kernels, memory, page, training
+from benchmarks.case import Case, Settings
+from benchmarks.machine import machine
 
-import sparse_ft
-from sparse_ft import ops
-from sparse_ft.bench import compare_steps
+from sparse_ft.atomic import replacing
 from sparse_ft.memory import keep_freed_memory
-from sparse_ft.ops import _native
-from sparse_ft.tune import interleaved_medians
-
-LINEAR = (768, 3072, 2048)  # in, out, tokens
-RESNET18 = [  # in, out, size, kernel, stride; how often in the network
-    (64, 64, 56, 3, 1, 4),
-    (64, 128, 56, 3, 2, 1),
-    (64, 128, 56, 1, 2, 1),
-    (128, 128, 28, 3, 1, 3),
-    (128, 256, 28, 3, 2, 1),
-    (128, 256, 28, 1, 2, 1),
-    (256, 256, 14, 3, 1, 3),
-    (256, 512, 14, 3, 2, 1),
-    (256, 512, 14, 1, 2, 1),
-    (512, 512, 7, 3, 1, 3),
-]
 
 
-def random_sparse(shape: tuple[int, ...], sparsity: float) -> torch.Tensor:
-    weight = torch.randn(shape)
-    weight[torch.rand(shape) < sparsity] = 0
-    return weight
+def all_cases() -> dict[str, Case]:
+    found = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases()]
+    return {case.name: case for case in found}
 
 
-def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def machine() -> dict[str, str]:
-    packages = ("torch", "timm", "transformers", "sparseprop", "sparselab")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    model = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "")
-    return {
-        "processor": model or platform.processor(),
-        "AMX": "yes" if "amx_tile" in flags else "no",
-        "instruction set": ops.active_isa(),
-        "threads": str(torch.get_num_threads()),
-        "sparse_ft": sparse_ft.__version__,
-        **versions,
-    }
-
-
-def roofs() -> dict[str, float]:
-    """GF/s of one core."""
-    return {
-        "FMA from registers": _native.fma_peak(0.3),
-        "load + FMA, 16 KiB": _native.load_fma_peak(16 << 10, 0.3),
-        "load + FMA, 256 KiB": _native.load_fma_peak(256 << 10, 0.3),
-        "load + FMA, 8 MiB": _native.load_fma_peak(8 << 20, 0.3),
-    }
-
-
-def backward_only(forward: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> Callable[[], None]:
-    def run() -> None:
-        out = forward()
-        out.backward(torch.ones_like(out))
-        for parameter in parameters:
-            parameter.grad = None
-
-    return run
-
-
-def linear_rivals(sparsity: float) -> dict[str, Callable[[], None]]:
-    """Forward + backward (input and weight gradient) of one linear layer, each package's own layer."""
-    inputs, outputs, tokens = LINEAR
-    dense = torch.nn.Linear(inputs, outputs)
-    with torch.no_grad():
-        dense.weight.copy_(random_sparse((outputs, inputs), sparsity))
-
-    def entry(layer) -> Callable[[], None]:
-        x = torch.randn(tokens, inputs, requires_grad=True)
-        return backward_only(lambda: layer(x), [x, *layer.parameters()])
-
-    rivals = {"sparse_ft": entry(sparse_ft.nn.SparseLinear.from_dense(dense)), "torch dense": entry(dense)}
-    try:
-        from sparseprop.modules import SparseLinear as SparsepropLinear
-
-        rivals["sparseprop"] = entry(SparsepropLinear.from_dense(dense))
-    except ImportError as error:
-        print(f"sparseprop is left out: {error}", file=sys.stderr)
-    try:
-        import sparselab
-
-        rivals["sparselab"] = entry(sparselab.SparseLinear(inputs, outputs, sparsity=sparsity))
-    except ImportError as error:
-        print(f"sparselab is left out: {error}", file=sys.stderr)
-    return rivals
-
-
-def csr_forward(sparsity: float) -> dict[str, Callable[[], object]]:
-    """Forward only: torch's CSR has no usable gradient for a fixed pattern on CPU."""
-    inputs, outputs, tokens = LINEAR
-    weight = random_sparse((outputs, inputs), sparsity)
-    pattern, values = ops.SparsePattern.build(weight)
-    csr, x = weight.to_sparse_csr(), torch.randn(tokens, inputs)
-    xt = x.t().contiguous()
-    native = torch.ops.sparse_ft.linear
-    return {
-        "sparse_ft": lambda: native(x, values, None, pattern.tensors, inputs, outputs),
-        "torch CSR": lambda: csr @ xt,
-        "torch dense": lambda: F.linear(x, weight),
-    }
-
-
-def measure_layers(sparsities: list[float]) -> dict:
-    results: dict = {"linear": {}, "csr": {}, "products": []}
-    for sparsity in sparsities:
-        results["linear"][sparsity] = interleaved_medians(linear_rivals(sparsity), rounds=9)
-        results["csr"][sparsity] = interleaved_medians(csr_forward(sparsity), rounds=9)
-        results["products"].append({"layer": f"linear {LINEAR[0]}→{LINEAR[1]}", "sparsity": sparsity,
-                                    **linear_products(sparsity)})  # fmt: skip
-        for spec in RESNET18:
-            results["products"].append(
-                {"layer": conv_name(spec), "sparsity": sparsity, **conv_products(spec, sparsity)}
-            )
-    return results
-
-
-def conv_name(spec: tuple[int, ...]) -> str:
-    inputs, outputs, size, kernel, stride, _ = spec
-    return f"conv {inputs}→{outputs} {kernel}×{kernel}" + (f" /{stride}" if stride > 1 else "") + f", {size}²"
-
-
-def linear_products(sparsity: float) -> dict[str, float]:
-    inputs, outputs, tokens = LINEAR
-    pattern, values = ops.SparsePattern.build(random_sparse((outputs, inputs), sparsity))
-    x, grad, indices = torch.randn(tokens, inputs), torch.randn(tokens, outputs), pattern.tensors
-    op = torch.ops.sparse_ft
-    medians = interleaved_medians(
-        {
-            "forward": lambda: op.linear(x, values, None, indices, inputs, outputs),
-            "input_grad": lambda: op.linear_input_grad(grad, values, indices, inputs, outputs),
-            "weight_grad": lambda: op.linear_weight_grad(grad, x, indices, inputs, outputs),
-        },
-        rounds=9,
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases by name or shell pattern; all if not given")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and leave")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant")
+    parser.add_argument("--json", type=Path, default=Path("out/bench.json"), help="results, written after each case")
+    parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="keep what --json has from earlier; without --only, measure only what it lacks",
     )
-    return {name: 2e-9 * pattern.nnz * tokens / seconds for name, seconds in medians.items()}
-
-
-def conv_products(spec: tuple[int, ...], sparsity: float, batch: int = 32) -> dict[str, float]:
-    inputs, outputs, size, kernel, stride, _ = spec
-    pad = kernel // 2
-    weight = random_sparse((outputs, inputs, kernel, kernel), sparsity)
-    pattern, values = ops.SparsePattern.build(weight, stride=(stride, stride), padding=(pad, pad))
-    geometry = (list(weight.shape), [stride] * 2, [pad] * 4, [1, 1], 1)
-    op, indices = torch.ops.sparse_ft, pattern.tensors
-    x = op.to_layout(torch.randn(batch, inputs, size, size), ops.BATCH_LAST)
-    y = op.conv2d(x, values, None, indices, *geometry)
-    grad = torch.randn_like(y)
-    medians = interleaved_medians(
-        {
-            "forward": lambda: op.conv2d(x, values, None, indices, *geometry),
-            "input_grad": lambda: op.conv2d_input_grad(grad, values, indices, *geometry, list(x.shape)),
-            "weight_grad": lambda: op.conv2d_weight_grad(grad, x, indices, *geometry),
-        },
-        rounds=9,
-    )
-    flops = 2e-9 * pattern.nnz * batch * y.shape[2] * y.shape[3]
-    return {name: flops / seconds for name, seconds in medians.items()}
-
-
-def measure_steps(rounds: int) -> list[dict]:
-    rows = []
-    for name, sparsity, batch, size in (
-        ("resnet18", 0.95, 32, 224),
-        ("resnet18", 0.90, 32, 224),
-        ("resnet18", 0.95, 64, 32),
-        ("resnet50", 0.95, 16, 224),
-        ("mobilenetv1_100", 0.90, 32, 224),
-    ):
-        torch.manual_seed(0)
-        model = timm.create_model(name)
-        sparse_ft.prune(model, sparsity)
-        x = torch.randn(batch, 3, size, size)
-        report = sparse_ft.convert(model, x)
-        comparison = compare_steps(model, x, steps=rounds)
-        rows.append(
-            {"model": name, "sparsity": sparsity, "batch": batch, "size": size,
-             "native": len(report.converted), "layers": len(report.layers), **comparison.to_dict()}
-        )  # fmt: skip
-        print(f"{name} {sparsity:.0%} b{batch} {size}²: {comparison}", flush=True)
-    return rows
-
-
-def measure_pattern() -> dict[str, float]:
-    weight = random_sparse((2500, 4000), 0.9)
-    return interleaved_medians(
-        {"build": lambda: ops.SparsePattern.build(weight), "read": lambda: weight.abs().sum()}, rounds=9
-    )
-
-
-def rivals_table(measured: dict, what: str) -> str:
-    rows = [
-        [f"{float(sparsity):.0%}", name, f"{seconds * 1e3:.1f}", f"{seconds / medians['sparse_ft']:.2f}"]
-        for sparsity, medians in measured.items()
-        for name, seconds in medians.items()
-    ]
-    inputs, outputs, tokens = LINEAR
-    return markdown_table([f"linear {inputs}→{outputs}, {tokens} tokens", "package", what, "× sparse_ft"], rows)
-
-
-def render(results: dict) -> str:
-    parts = [markdown_table(["machine", ""], [[k, v] for k, v in results["machine"].items()])]
-    peak = results["roofs"]["FMA from registers"]
-    parts.append(
-        markdown_table(
-            ["roof of one core", "GF/s", "share of peak"],
-            [[k, f"{v:.0f}", f"{v / peak:.2f}"] for k, v in results["roofs"].items()],
-        )
-    )
-    if "steps" in results:
-        parts.append(
-            markdown_table(
-                ["training step", "native layers", "dense ms (contiguous / channels_last)", "sparse ms", "× dense"],
-                [
-                    [
-                        f"{r['model']} {r['sparsity']:.0%}, batch {r['batch']}, {r['size']}²",
-                        f"{r['native']} of {r['layers']}",
-                        f"{r['variants']['dense contiguous']:.0f} / {r['variants']['dense channels_last']:.0f}",
-                        f"{r['sparse_ms']:.0f}",
-                        f"{r['speedup']:.2f}",
-                    ]
-                    for r in results["steps"]
-                ],
-            )
-        )
-    if "layers" in results:
-        layers = results["layers"]
-        parts.append(rivals_table(layers["linear"], "forward + backward, ms"))
-        parts.append(rivals_table(layers["csr"], "forward only, ms"))
-        threads = int(results["machine"]["threads"])
-        names = ("forward", "input_grad", "weight_grad")
-        parts.append(
-            markdown_table(
-                ["layer (batch 32)", "sparsity", *(f"{n} GF/s (share of peak)" for n in names)],
-                [
-                    [p["layer"], f"{p['sparsity']:.0%}"] + [f"{p[n]:.0f} ({p[n] / peak / threads:.2f})" for n in names]
-                    for p in layers["products"]
-                ],
-            )
-        )
-    if "pattern" in results:
-        build, read = results["pattern"]["build"], results["pattern"]["read"]
-        parts.append(
-            f"Pattern of a 10 M parameter weight at 90 %: {build * 1e3:.0f} ms, {build / read:.1f} times one torch "
-            f"pass over it ({read * 1e3:.1f} ms)."
-        )
-    return "\n\n".join(parts)
+    parser.add_argument("--markdown", type=Path, help="write the tables of all results")
+    parser.add_argument("--page", type=Path, help="fill the tables of all cases into this page")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--sections", nargs="+", default=["layers", "steps", "pattern"],
-                        choices=["layers", "steps", "pattern"])  # fmt: skip
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.9, 0.95])
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser = make_parser()
     args = parser.parse_args()
+    cases = all_cases()
+    if args.list:
+        print("\n".join(cases))
+        return
+    for pattern in args.only or []:
+        if not fnmatch.filter(cases, pattern):
+            parser.error(f"no case matches {pattern!r}; the cases are {', '.join(cases)}")
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    print(keep_freed_memory())
-    results: dict = {"machine": machine(), "roofs": roofs()}
-    if "steps" in args.sections:
-        results["steps"] = measure_steps(args.rounds)
-    if "layers" in args.sections:
-        results["layers"] = measure_layers(args.sparsity)
-    if "pattern" in args.sections:
-        results["pattern"] = measure_pattern()
-    text = render(results)
-    print("\n" + text)
-    for path, content in ((args.json, json.dumps(results, indent=1)), (args.markdown, text + "\n")):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
+    results: dict = {"machine": machine(), "cases": {}}
+    if args.reuse and args.json.exists():
+        results["cases"] = earlier(args.json, results["machine"], parser)
+    chosen = [name for name in cases if any(fnmatch.fnmatch(name, pattern) for pattern in args.only or ["*"])]
+    if args.reuse and not args.only:
+        chosen = [name for name in chosen if name not in results["cases"]]
+    missing = [name for name in cases if name not in chosen and name not in results["cases"]]
+    if args.page and missing:
+        parser.error(
+            f"a page needs every case, {', '.join(missing)} would be missing: use --reuse or leave out --only"
+        )
+    print(keep_freed_memory(), file=sys.stderr)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(chosen, 1):
+        start, load = time.perf_counter(), os.getloadavg()[0]
+        figures = cases[name].run(Settings(args.threads, args.rounds))
+        seconds = time.perf_counter() - start
+        print(f"{number}/{len(chosen)} {name}: {seconds:.0f} s (load before: {load:.1f})", file=sys.stderr, flush=True)
+        # In the order of the list, whatever was measured when.
+        done = {"figures": figures, "seconds": round(seconds), "load_before": round(load, 1)}
+        known = {**results["cases"], name: done}
+        results["cases"] = {other: known[other] for other in cases if other in known}
+        write(args.json, json.dumps(results, indent=1))
+    texts = page.sections(results)
+    text = "\n\n".join(texts.values())
+    print(text)
+    if args.markdown:
+        write(args.markdown, text + "\n")
+    if args.page:
+        write(args.page, page.fill(args.page, texts))
+
+
+def earlier(path: Path, here: dict[str, str], parser: argparse.ArgumentParser) -> dict:
+    results = json.loads(path.read_text())
+    other = [f"{key} {results['machine'].get(key)!r}" for key in here if results["machine"].get(key) != here[key]]
+    if other:
+        parser.error(f"{path} was measured elsewhere ({', '.join(other)}): leave out --reuse, or give another --json")
+    return results["cases"]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""Forward passes in evaluation mode: dense torch, onnxruntime (dense), and ours."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import sparse_ft
+from sparse_ft.bench import variants
+from sparse_ft.steps import inference_step
+from sparse_ft.tune import interleaved_medians
+
+from .case import Case, Settings
+from .models import Workload
+
+WORKLOADS = [
+    Workload(model, sparsity, batch, 224)
+    for model, sparsity in (("resnet50", 0.95), ("mobilenetv1_100", 0.90))
+    for batch in (32, 1)
+]
+
+
+def cases() -> list[Case]:
+    return [Case(f"infer/{workload.name}", lambda s, w=workload: measure(w, s)) for workload in WORKLOADS]
+
+
+def measure(workload: Workload, settings: Settings) -> dict:
+    model, images = workload.make()
+    model.eval().requires_grad_(False)
+    dense = copy.deepcopy(model)
+    report = sparse_ft.convert(model, images)
+    runs = {v.name: inference_step(v.model, v.batch, bf16=v.bf16) for v in variants(model, images, bf16=True)}
+    runs["onnxruntime"] = onnxruntime_step(dense, images, settings.threads)
+    rounds = settings.rounds if workload.batch > 1 else 10 * settings.rounds
+    medians = interleaved_medians(runs, rounds=rounds)
+    return {
+        "title": workload.title,
+        "native": len(report.converted),
+        "layers": len(report.layers),
+        "note": report.note,
+        "ms": {name: seconds * 1e3 for name, seconds in medians.items()},
+    }
+
+
+def onnxruntime_step(model: nn.Module, images: torch.Tensor, threads: int) -> Callable[[], object]:
+    """The dense model in onnxruntime's CPU provider, all graph optimisations on."""
+    import onnxruntime
+
+    file = io.BytesIO()
+    torch.onnx.export(model, (images,), file, dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: session.run(None, feed)
