@@ -39,7 +39,8 @@ _WORTH = 0.97  # a whole model is converted if its step takes at most this share
 
 @dataclass(frozen=True)
 class LayerConversion:
-    """One layer of a conversion: what became of it, why, and what was measured (forward + backward, ms)."""
+    """One layer of a conversion: what became of it, why, and what was measured (forward + backward, ms; forward
+    alone where the model is not trained)."""
 
     name: str
     kind: str
@@ -56,8 +57,8 @@ class LayerConversion:
 class ConversionReport:
     """What `convert` did, layer by layer; `str()` is a table.
 
-    With `policy="auto"`, `step` is forward and backward of the whole model, dense against sparse, and `note` says
-    what was concluded from it.
+    With `policy="auto"`, `step` is forward and backward of the whole model (forward alone if it is not trained), dense
+    against sparse, and `note` says what was concluded from it.
     """
 
     policy: str
@@ -120,7 +121,8 @@ def convert(
             `policy="auto"`; None makes one from what a timm or transformers model says of its input.
         policy: "auto" keeps of each layer the form that is faster, forward and backward, on the real input shape,
             and then makes sure that the whole model is faster than the dense one, else it is left dense; what was
-            measured is kept per machine. "always" converts every layer with enough zeros.
+            measured is kept per machine. Where nothing in the model is trained (`requires_grad`), forward alone
+            counts. "always" converts every layer with enough zeros.
         min_sparsity: layers with a smaller fraction of zeros stay dense.
         ignore: names or `"re:pattern"` of layers to leave dense.
         masks: weight name -> bool mask of the positions to train, where it differs from the nonzeros (active zeros).
@@ -161,8 +163,9 @@ def convert(
             else:
                 assert shapes is not None
                 cache = TimingCache()
-                _choose_faster(candidates, shapes, cache)
-                report.step, report.note = _check_whole(model, candidates, example_inputs, cache)
+                trained = any(parameter.requires_grad for parameter in model.parameters())
+                _choose_faster(candidates, shapes, cache, trained=trained)
+                report.step, report.note = _check_whole(model, candidates, example_inputs, cache, trained=trained)
                 cache.save()
     _install(model, {name: entry.sparse() for name, entry in candidates.entries.items() if entry.converted})
     report.layers = [entry.result() for entry in candidates.entries.values()]
@@ -369,14 +372,17 @@ def _choose_all(candidates: _Candidates, shapes: dict[str, torch.Size] | None) -
         entry.converted = not entry.joins
 
 
-def _choose_faster(candidates: _Candidates, shapes: dict[str, torch.Size], cache: TimingCache) -> None:
+def _choose_faster(
+    candidates: _Candidates, shapes: dict[str, torch.Size], cache: TimingCache, *, trained: bool
+) -> None:
     def measure(entries: list[_Entry], *, inside: bool) -> None:
         for entry in entries:
             sparse, shape = entry.sparse(), shapes[entry.name]
             if sparse.native_reason() is not None:
                 entry.reason = str(sparse.native_reason())
                 continue
-            timing = cache.get(layer_key(sparse, shape, inside), partial(time_layer, sparse, shape, inside=inside))
+            key = layer_key(sparse, shape, inside=inside, trained=trained)
+            timing = cache.get(key, partial(time_layer, sparse, shape, inside=inside, trained=trained))
             entry.dense_ms, entry.sparse_ms = timing.dense_ms, timing.sparse_ms
             entry.converted = timing.sparse_ms < timing.dense_ms
             entry.reason = "measured faster" if entry.converted else "measured slower than dense"
@@ -390,7 +396,7 @@ def _choose_faster(candidates: _Candidates, shapes: dict[str, torch.Size], cache
 
 
 def _check_whole(
-    model: nn.Module, candidates: _Candidates, batch: Any, cache: TimingCache
+    model: nn.Module, candidates: _Candidates, batch: Any, cache: TimingCache, *, trained: bool
 ) -> tuple[Timing | None, str]:
     """Makes layers dense again unless the whole model gains: what lies between them was not measured with them.
 
@@ -421,7 +427,8 @@ def _check_whole(
     for entry in chosen:
         if entry not in kept:
             entry.converted, entry.reason = False, "measured faster, but the whole model was not"
-    dense = f"forward and backward of the whole model take {timing.dense_ms:.1f} ms dense"
+    what = "forward and backward" if trained else "forward"
+    dense = f"the whole model takes ({what}) {timing.dense_ms:.1f} ms dense"
     if not kept:
         return timing, f"left dense: {dense}, {' and '.join(failed)}"
     note = f"{dense}, {timing.sparse_ms:.1f} ms sparse: {timing.dense_ms / timing.sparse_ms:.2f} times as fast"

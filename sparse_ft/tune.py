@@ -23,7 +23,7 @@ from sparse_ft.steps import inference_step, to_channels_last, training_step
 
 _LAYER_BUDGET_S, _STEP_BUDGET_S = 0.4, 6.0  # for the repetitions, unless the verdict is clear before
 _MIN_PAIRS, _MAX_PAIRS = 3, 15
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,11 @@ def interleaved_medians(variants: Mapping[str, Callable[[], object]], *, rounds:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+def _inference(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    return torch.no_grad()(lambda: layer(x))
+
+
+def _training(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     x = x.detach().requires_grad_(True)  # a leaf: backward must end here
     with torch.no_grad():
         grad = torch.randn_like(layer(x))
@@ -117,29 +121,31 @@ def _trainable_copy(layer: nn.Module) -> nn.Module:
 
 
 @torch.enable_grad()
-def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False) -> Timing:
-    """Times a layer and its dense form on random input of `shape`; both as if all their parameters were trained.
+def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False, trained: bool = True) -> Timing:
+    """Times a layer and its dense form on random input of `shape`; both as if all their parameters were trained,
+    or forward alone.
 
     A dense convolution is measured in contiguous and in channels-last layout and the faster one counts, whichever
     the model uses now; a sparse one in batch-last layout. `inside` says that a dense form would stand between
     sparse layers and pay for the change of layout.
     """
     sparse, dense = _trainable_copy(layer), _trainable_copy(layer.to_dense())
+    step = _training if trained else _inference
     x = torch.randn(shape, dtype=torch.float32)
     if isinstance(layer, SparseConv2d):
         as_layout = torch.ops.sparse_ft.to_layout
         batch_last = as_layout(x, BATCH_LAST) if x.dim() == 4 else x
-        run = _step(sparse, batch_last)
+        run = step(sparse, batch_last)
         if inside:
             layout_conv(dense)
-            rivals = {"dense": _step(dense, batch_last)}
+            rivals = {"dense": step(dense, batch_last)}
         else:
-            rivals = {"dense": _step(dense, x)}
+            rivals = {"dense": step(dense, x)}
             if x.dim() == 4:
                 other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-                rivals["dense channels_last"] = _step(other, as_layout(x, CHANNELS_LAST))
+                rivals["dense channels_last"] = step(other, as_layout(x, CHANNELS_LAST))
     else:
-        run, rivals = _step(sparse, x), {"dense": _step(dense, x)}
+        run, rivals = step(sparse, x), {"dense": step(dense, x)}
     return duel(rivals, run, _LAYER_BUDGET_S)
 
 
@@ -159,13 +165,13 @@ def time_step(dense: nn.Module, sparse: nn.Module, batch: Any) -> Timing:
     return duel({"dense": run(dense, to_channels_last(batch))}, run(sparse, batch), _STEP_BUDGET_S)
 
 
-def layer_key(sparse: SparseModule, shape: torch.Size, inside: bool) -> str:
+def layer_key(sparse: SparseModule, shape: torch.Size, *, inside: bool, trained: bool) -> str:
     """What a layer's timing depends on: its form, its sparsity to one percent, input shape and thread count."""
     pattern = sparse.pattern
     parts = [
         type(sparse).__name__, list(pattern.shape), list(pattern.stride), list(pattern.padding),
         list(pattern.dilation), pattern.groups, sparse.bias is not None, round(sparse.sparsity, 2), list(shape),
-        inside, torch.get_num_threads(),
+        inside, trained, torch.get_num_threads(),
     ]  # fmt: skip
     return json.dumps(parts)
 

@@ -52,8 +52,9 @@ def timings(monkeypatch):
         def whole_ms(self, layers: list[SparseModule]) -> float:
             return 50.0
 
-        def layer(self, layer, shape, *, inside=False):
+        def layer(self, layer, shape, *, inside, trained):
             self.calls.append((type(layer).__name__, inside))
+            self.trained = trained
             return tune.Timing(1.0, self.sparse_ms, self.spread)
 
         def whole(self, dense, sparse, batch):
@@ -396,10 +397,18 @@ class TestAuto:
         new = tune.Timing(2.0, 2.0)
         assert cache.get("a", lambda: new) is new and cache.get("b", pytest.fail).dense_ms == 1.0
 
+    def test_a_model_that_is_not_trained_is_measured_forward(self, timings):
+        report = sparse_ft.convert(sparsify(small_cnn()).requires_grad_(False), image(8))
+        assert timings.trained is False and "takes (forward) 100.0 ms dense" in report.note
+        sparse_ft.convert(sparsify(small_cnn()), image(8))
+        assert timings.trained is True
+
     def test_processes_add_to_one_cache(self):
         one, other = tune.TimingCache(), tune.TimingCache()
         layers = [SparseLinear.from_dense(sparsify(nn.Linear(n, 8))) for n in (20, 30)]
-        keys = [tune.layer_key(layer, torch.Size((2, layer.in_features)), False) for layer in layers]
+        keys = [
+            tune.layer_key(layer, torch.Size((2, layer.in_features)), inside=False, trained=True) for layer in layers
+        ]
         assert keys[0] != keys[1]
         for cache, key in zip((one, other), keys, strict=True):
             cache.get(key, lambda: tune.Timing(3.0, 2.0, 0.05))
@@ -430,7 +439,7 @@ class TestWholeModel:
         assert timings.whole_calls == [["SparseConv2d"] * 3 + ["SparseLinear"], ["SparseLinear"]]
         assert set(reasons(report).values()) == {"measured faster, but the whole model was not"}
         assert report.note == (
-            "left dense: forward and backward of the whole model take 100.0 ms dense, "
+            "left dense: the whole model takes (forward and backward) 100.0 ms dense, "
             "99.0 ms with 4 sparse layers and 99.0 ms with 1 sparse layers"
         )
         calls.clear()
@@ -606,8 +615,8 @@ class TestLeavesAlone:
 
 def test_measuring_gives_times_of_both_forms():
     layer = SparseConv2d.from_dense(sparsify(nn.Conv2d(8, 8, 3, padding=1)))
-    for inside in (False, True):
-        timing = tune.time_layer(layer, torch.Size((4, 8, 6, 6)), inside=inside)
+    for inside, trained in itertools.product((False, True), repeat=2):
+        timing = tune.time_layer(layer, torch.Size((4, 8, 6, 6)), inside=inside, trained=trained)
         assert timing.dense_ms > 0 and timing.sparse_ms > 0
     timing = tune.time_layer(SparseLinear.from_dense(sparsify(nn.Linear(8, 8))), torch.Size((4, 8)))
     assert timing.dense_ms > 0 and timing.sparse_ms > 0
