@@ -22,8 +22,8 @@ test-sanitize: $(VENV)/.sanitize  ## the native core's tests under AddressSaniti
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests \
 		$(BIN)/python -m pytest -p sanitized_core -m "not slow" tests/ops tests/nn
 
-bench: $(VENV)/.bench  ## kernels and whole steps against dense torch and the published packages
-	$(BIN)/python scripts/bench.py --json out/bench.json --markdown out/bench.md
+bench: $(VENV)/.bench  ## every figure of docs/benchmarks.md: an hour and more, on a machine that does nothing else
+	$(BIN)/python scripts/bench.py --json out/bench.json --page docs/benchmarks.md
 
 check: $(VENV)/.dev  ## lint, types, formats
 	$(BIN)/ruff check sparse_ft tests scripts
@@ -52,7 +52,7 @@ $(VENV)/.sanitize: $(VENV)/.installed
 
 # The published packages compile on installation and need setuptools for it; one that does not build is left out.
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/pip install --quiet setuptools wheel pybind11 scipy
+	$(BIN)/pip install --quiet setuptools wheel pybind11 scipy onnx onnxruntime onnxscript
 	-$(BIN)/pip install --quiet --no-build-isolation sparseprop
 	-$(BIN)/pip install --quiet sparselab
 	touch $@

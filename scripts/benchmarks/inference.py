@@ -1,7 +1,7 @@
 """Forward passes in evaluation mode: dense torch, onnxruntime (dense), and ours."""
 
 import copy
-import io
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -48,10 +48,11 @@ def onnxruntime_step(model: nn.Module, images: torch.Tensor, threads: int) -> Ca
     """The dense model in onnxruntime's CPU provider, all graph optimisations on."""
     import onnxruntime
 
-    file = io.BytesIO()
-    torch.onnx.export(model, (images,), file, dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        torch.onnx.export(model, (images,), file, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: images.numpy()}
     return lambda: session.run(None, feed)
