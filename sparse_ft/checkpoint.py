@@ -2,7 +2,8 @@
 
 Beside transformers' own files a checkpoint holds `sparse_masks.safetensors`, the masks of all pruned layers, and in
 `sparse_ft.json` the names of the layers that run natively: a resumed run makes the same choice without measuring
-again, so that its arithmetic is the same to the last bit.
+again, so that its arithmetic is the same to the last bit. A run with a recipe adds `recipe.yaml` and
+`sparse_session.safetensors`, the state of its modifiers.
 """
 
 import errno
@@ -15,20 +16,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TimmWrapperForImageClassification
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparse_ft.hub.bitmap import MASK_FILE, read_masks, write_masks
+from sparse_ft.hub.bitmap import MASK_FILE, pack_bits, read_masks, unpack_bits, write_masks
 from sparse_ft.hub.save import INFO_FILE
 from sparse_ft.hub.source import WEIGHT_FILES
 
 logger = logging.getLogger(__name__)
 
 NATIVE_LAYERS = "native_layers"  # entry of sparse_ft.json
+SESSION_FILE = "sparse_session.safetensors"  # state of the recipe's modifiers
+_SESSION_ENTRY = "sparse_ft.session"
+_TENSOR = "tensor"
 _CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
 
@@ -73,6 +80,55 @@ def read_sparse_state(folder: Path, model: nn.Module) -> SparseState:
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     return SparseState(masks, native)
+
+
+def write_session(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes the state of a `SparseSession`: its tensors (masks as bitmaps), and the rest as JSON in the header."""
+    tensors: dict[str, Tensor] = {}
+    rest = json.dumps(_set_aside(state, tensors, ""))
+    save_file(tensors, folder / SESSION_FILE, {_SESSION_ENTRY: rest})
+
+
+def read_session(folder: Path) -> dict[str, Any] | None:
+    """Reads what `write_session` wrote; None if the run had no recipe.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not (folder / SESSION_FILE).is_file():
+        return None
+    try:
+        with safe_open(folder / SESSION_FILE, framework="pt") as file:
+            rest = json.loads((file.metadata() or {})[_SESSION_ENTRY])
+            return _put_back(rest, {name: file.get_tensor(name) for name in file.keys()})
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / SESSION_FILE} is damaged: {error}") from error
+
+
+def _set_aside(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """The value with tensors replaced by their names; they are collected in `tensors`."""
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool:
+            tensors[path] = pack_bits(value)
+            return {_TENSOR: path, "shape": list(value.shape)}
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        return {str(name): _set_aside(each, tensors, f"{path}/{name}") for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_set_aside(each, tensors, f"{path}/{i}") for i, each in enumerate(value)]
+    return value
+
+
+def _put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict) and _TENSOR in value:
+        tensor = tensors[value[_TENSOR]]
+        return unpack_bits(tensor, tuple(value["shape"])) if "shape" in value else tensor
+    if isinstance(value, dict):
+        return {name: _put_back(each, tensors) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_put_back(each, tensors) for each in value]
+    return value
 
 
 def names_on_disk(model: nn.Module, names: list[str]) -> list[str]:

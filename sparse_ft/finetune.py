@@ -172,7 +172,7 @@ def finetune(
     """Trains, evaluates and saves; `args.output_dir` then holds the model, its card, figures and the report.
 
     Args:
-        args: `learning_rate=None` takes `default_learning_rate`.
+        args: a learning rate that is not given is `default_learning_rate`, or that of the recipe.
         augment, image_size, max_length: see `sparse_ft.data.prepare`.
         resume: a checkpoint folder, or True for the last one in `args.output_dir`.
         compare: time one training step dense against sparse at the end.
@@ -182,7 +182,7 @@ def finetune(
         TrainingInterrupted: on Ctrl-C, after a checkpoint has been saved.
     """
     model, processor = load_for_training(choice, data)
-    if args.learning_rate is None:
+    if "learning_rate" not in args.given:
         args.learning_rate = default_learning_rate(model)
     prepared = prepare(
         data, model, processor, augment=augment, image_size=image_size, max_length=max_length, seed=args.seed

@@ -86,7 +86,7 @@ class SparseSession:
         for modifier in self._modifiers:
             if isinstance(modifier, MaskedTargets):
                 with self._blaming(modifier):
-                    modifier.find_targets(self.training)
+                    modifier.find_targets(self.training.model)
 
     def _blaming(self, modifier: Modifier) -> "_Blame":
         return _Blame(self.recipe, modifier)
@@ -110,6 +110,15 @@ class SparseSession:
         """bool masks of the weights that are held now, by name in the state dict; True where a weight trains."""
         masks = self.training.masks
         return {name: kept for name in masks.names() if (kept := masks.kept(name)) is not None}
+
+    @property
+    def settled(self) -> bool:
+        """Whether all pruning of the recipe is done, so that the masks stay as they are."""
+        return all(
+            phase.ended
+            for modifier, phase in zip(self._modifiers, self._phases, strict=True)
+            if isinstance(modifier, MaskedTargets) and modifier.completes
+        )
 
     def sparsity(self) -> SparsityReport:
         """Sparsity of the model now."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
@@ -29,8 +29,10 @@ from sparse_ft.checkpoint import (
     complete_folder,
     last_checkpoint,
     names_on_disk,
+    read_session,
     read_sparse_state,
     write_masks_beside,
+    write_session,
 )
 from sparse_ft.conversion import ConversionReport, convert, to_dense
 from sparse_ft.hub.save import INFO_FILE, save_pretrained
@@ -40,6 +42,10 @@ from sparse_ft.masks import mask_state, sparsity
 from sparse_ft.memory import keep_freed_memory
 from sparse_ft.nn import FrozenMasks, SparseModule, freeze_masks
 from sparse_ft.randomness import preserved_random_state
+from sparse_ft.recipes import Recipe
+from sparse_ft.recipes.recipe import Compat
+from sparse_ft.recipes.source import RECIPE_FILE
+from sparse_ft.session import SparseSession
 from sparse_ft.training_args import SparseTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -56,24 +62,34 @@ class SparseTrainer(Trainer):
     loss is the cross entropy of the logits and the batch's `labels`, with `label_smoothing_factor`. A
     `compute_loss_func(outputs, labels, num_items_in_batch)` replaces it and finds the logits in `outputs.logits`.
 
+    A recipe (`args.recipe` or `recipe`) prunes while it trains, and sets what else it says: epochs and learning rate
+    are the recipe's unless `args` gives them. Zeros that the model has before are kept, except in weights that the
+    recipe prunes. A checkpoint counts as the best only once the recipe has done all its pruning.
+
     A resumed run (`resume_from_checkpoint`) takes masks and native layers from the checkpoint, whatever model it is
     given; on one thread it ends with the very bits of the uninterrupted run. Ctrl-C or SIGTERM finishes the step,
     saves a checkpoint and raises `TrainingInterrupted`.
 
     Args:
         args: `SparseTrainingArguments`.
+        recipe: what `Recipe.load` reads, or a `Recipe`; goes before `args.recipe`.
         card: entries of the model card (`license`, `datasets`, `base_model` ...), see `sparse_ft.save_pretrained`.
         Others: as for `transformers.Trainer`. Optimizers that need whole weight matrices (GaLore, APOLLO) refuse
             natively sparse layers. An optimizer object must be made after `sparse_ft.convert`; giving
             `optimizer_cls_and_kwargs` or `args.optim` needs no care.
 
     Attributes:
-        masks: the masks of the run by weight name, from the beginning of `train` on.
+        masks: the masks of the run by weight name, from the beginning of `train` on: of weights whose zeros are kept,
+            and of those that the recipe holds.
+        recipe: what it follows, or None.
+        session: the recipe at work, from the beginning of `train` on.
         conversion_report: what became of each layer; None if nothing was converted.
     """
 
     args: SparseTrainingArguments
     model: Any
+    optimizer: Any
+    lr_scheduler: Any
     train_dataset: Any
 
     def __init__(
@@ -81,6 +97,7 @@ class SparseTrainer(Trainer):
         model: PreTrainedModel | nn.Module | None = None,
         args: SparseTrainingArguments | None = None,
         *,
+        recipe: str | Path | Recipe | None = None,
         card: Mapping[str, Any] | None = None,
         compute_loss_func: Any = None,
         **trainer_arguments: Any,
@@ -103,13 +120,93 @@ class SparseTrainer(Trainer):
             self.compute_loss_func = self.compute_loss_func or _CrossEntropy(smoothing)  # model_init made the model
 
         self.card = dict(card or {})
-        self.masks: dict[str, Tensor] = {}
+        self.recipe = self._load_recipe(recipe or args.recipe)
+        self.session: SparseSession | None = None
+        self._kept_masks: dict[str, Tensor] = {}  # of the zeros that the model has before
+        self._recipe_masks: dict[str, Tensor] = {}  # at the end of the recipe
+        self._checkpoint_session: dict[str, Any] | None = None
         self.conversion_report: ConversionReport | None = None
         self._checkpoint_state: SparseState | None = None
         self._frozen: FrozenMasks | None = None
         self._own_optimizer = False
         self._interrupt = InterruptRequest()
         self.add_callback(_SparseTraining(self))
+
+    # Recipe
+
+    def _load_recipe(self, source: str | Path | Recipe | None) -> Recipe | None:
+        """Reads the recipe and lets it set what the user has not."""
+        args = self.args
+        if source is None:
+            return None
+        compat: Compat = "sparseml" if args.recipe_compat == "sparseml" else None
+        recipe = Recipe.load(source, args=args.recipe_args, compat=compat, ignore_unknown=args.ignore_unknown)
+        recipe.check_supported()
+        epochs = recipe.max_epochs
+        if epochs and args.max_steps <= 0:
+            if "num_train_epochs" not in args.given:
+                args.num_train_epochs = float(epochs)
+                self.announce(f"{epochs} epochs, as the recipe says")
+            elif args.num_train_epochs != epochs:
+                self.announce(f"{args.num_train_epochs:g} epochs as asked for, although the recipe lasts {epochs}")
+        if recipe.sets_learning_rate:
+            if "learning_rate" in args.given:
+                recipe = recipe.without_learning_rates()
+                self.announce(f"learning rate {args.learning_rate:g} as asked for; those of the recipe are left out")
+            else:
+                self.announce("learning rates as the recipe says")
+        return recipe
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return self._kept_masks | (self.session.masks if self.session else {}) | self._recipe_masks
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.recipe is not None and self.recipe.sets_learning_rate and self.lr_scheduler is None:
+            self.lr_scheduler = _SetByRecipe(optimizer or self.optimizer)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _start_session(self, max_steps: int, train_dataloader: DataLoader, resumes: bool) -> None:
+        """Puts the recipe to work on the model and optimizer that are to be trained."""
+        if self.recipe is None:
+            if self._checkpoint_session is not None:
+                raise CheckpointError("the checkpoint is of a run with a recipe: give it again (its recipe.yaml)")
+            return
+        steps_per_epoch = self.set_initial_training_values(self.args, train_dataloader)[1]
+        model = self.accelerator.unwrap_model(self.model)
+        self.session = SparseSession(model, self.recipe, self.optimizer, steps_per_epoch, total_steps=max_steps)
+        if not resumes:
+            return
+        if self._checkpoint_session is None:
+            raise CheckpointError("the checkpoint is of a run without a recipe, which cannot go on with one")
+        self.session.load_state_dict(self._checkpoint_session)
+
+    def _end_session(self) -> None:
+        if self.session is not None:
+            self._recipe_masks = self.session.masks
+            self.session.finalize()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Before pruning is done the best model is one that is not sparse yet.
+        if self.session is not None and not self.session.settled:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs; see `transformers.Trainer.log`. With a recipe, the loss comes with the sparsity of the model."""
+        if self.session is not None and "loss" in logs:
+            logs["sparsity"] = round(self.session.sparsity().overall, 4)
+        super().log(logs, start_time)
+
+    def _log_layers(self) -> None:
+        """Tells the loggers the sparsity of every weight under the recipe; a terminal has no room for it."""
+        assert self.session is not None
+        logs = {f"sparsity/{name}": 1 - float(mask.sum()) / mask.numel() for name, mask in self.session.masks.items()}
+        logs["sparsity"] = self.session.sparsity().overall
+        for callback in self.callback_handler.callbacks:
+            if not isinstance(callback, PrinterCallback | ProgressCallback):
+                callback.on_log(self.args, self.state, self.control, logs=dict(logs), model=self.model)
 
     # Training
 
@@ -137,7 +234,8 @@ class SparseTrainer(Trainer):
             check_checkpoint(resume_from_checkpoint)
         if self.args.keep_freed_memory:
             self.announce(str(keep_freed_memory()))
-        self._checkpoint_state = None
+        self._checkpoint_state = self._checkpoint_session = self.session = None
+        self._recipe_masks = {}
         with self._interrupt:
             try:
                 output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
@@ -148,37 +246,42 @@ class SparseTrainer(Trainer):
         if self._interrupt.requested:
             step = self.state.global_step
             raise TrainingInterrupted(str(self._checkpoint_path(trial, step)), step)
-        self._check_masks()
+        self._end_session()
+        self._check_masks(self.masks)
         return output
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._make_sparse()
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._start_session(max_steps, train_dataloader, resumes=resume_from_checkpoint is not None)
+        return prepared
 
     def _make_sparse(self) -> None:
         """Records the masks, converts the model and holds the pruned layers left dense."""
         checkpoint = self._checkpoint_state or SparseState()
         model = self.accelerator.unwrap_model(self.model)
-        self.masks = checkpoint.masks if checkpoint.masks is not None else mask_state(model)
-        self._check_masks()
+        masks = checkpoint.masks if checkpoint.masks is not None else mask_state(model)
+        pruned = set() if self.recipe is None else self.recipe.pruned_weights(model)
+        self._kept_masks = masks = {name: mask for name, mask in masks.items() if name not in pruned}
+        self._check_masks(masks)
         with preserved_random_state():
             self._convert(model, checkpoint.native_layers)
             self._check_loss_scale(model)
         if self._frozen is not None:
             self._frozen.remove()
-        self._frozen = freeze_masks(model, self.masks)
-        self._check_masks(exactly=True)
+        self._frozen = freeze_masks(model, masks)
+        self._check_masks(masks, exactly=True)
         self._check_optimizer(model)
         self._announce_sparsity(model)
 
     def _convert(self, model: nn.Module, chosen: list[str] | None) -> None:
         args = self.args
-        if not self.masks or (args.sparse_policy == "none" and chosen is None):
+        if not self._kept_masks or (args.sparse_policy == "none" and chosen is None):
             return
         if chosen is None and args.sparse_policy == "auto" and (args.bf16 or args.fp16):
             self.announce("mixed precision: the native kernels compute in float32, so every layer stays dense")
             return
-        options: dict[str, Any] = {"min_sparsity": args.min_sparsity, "masks": self.masks}
+        options: dict[str, Any] = {"min_sparsity": args.min_sparsity, "masks": self._kept_masks}
         if chosen is None and args.process_index == 0:
             self.conversion_report = convert(
                 model,
@@ -262,14 +365,14 @@ class SparseTrainer(Trainer):
                 )
         return super().create_optimizer(model)
 
-    def _check_masks(self, *, exactly: bool = False) -> None:
-        """Makes sure that no weight outside the masks of the run is or can become nonzero.
+    def _check_masks(self, masks: Mapping[str, Tensor], *, exactly: bool = False) -> None:
+        """Makes sure that no weight outside masks of the run is or can become nonzero.
 
         Args:
             exactly: native layers train all positions of their mask, too.
         """
         model = self.accelerator.unwrap_model(self.model)
-        for name, mask in self.masks.items():
+        for name, mask in masks.items():
             layer = model.get_submodule(name.rpartition(".")[0])
             if isinstance(layer, SparseModule):
                 trained = layer.mask()
@@ -281,13 +384,17 @@ class SparseTrainer(Trainer):
                 raise RuntimeError(f"the mask of {name} was not kept: weights that were pruned are nonzero")
 
     def _announce_sparsity(self, model: nn.Module) -> None:
-        if not self.masks:
+        if self.recipe is not None and (pruned := self.recipe.pruned_weights(model)):
+            self.announce(f"the recipe prunes {len(pruned)} weights")
+            if not self._kept_masks:
+                return
+        if not self._kept_masks:
             self.announce("the model has no zeros to keep: every layer trains dense")
             return
-        native = [name for name in _native_layers(model) if f"{name}.weight" in self.masks]
-        others = ", the others dense with their zeros kept" if len(native) < len(self.masks) else ""
+        native = [name for name in _native_layers(model) if f"{name}.weight" in self._kept_masks]
+        others = ", the others dense with their zeros kept" if len(native) < len(self._kept_masks) else ""
         self.announce(
-            f"{len(native)} of {len(self.masks)} pruned layers run on the native sparse kernels{others}; "
+            f"{len(native)} of {len(self._kept_masks)} pruned layers run on the native sparse kernels{others}; "
             f"overall sparsity {sparsity(model).overall:.2%}"
         )
 
@@ -356,6 +463,8 @@ class SparseTrainer(Trainer):
             self.save_model(str(folder), _internal_call=True)
             if args.should_save and self.masks:
                 write_masks_beside(folder, self.model, self.masks)
+            if args.should_save and self.session is not None:
+                write_session(folder, self.session.state_dict())
             if not args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
@@ -387,6 +496,7 @@ class SparseTrainer(Trainer):
         to_dense(model)
         self.model_wrapped = self.model
         self._checkpoint_state = read_sparse_state(Path(resume_from_checkpoint), model)
+        self._checkpoint_session = read_session(Path(resume_from_checkpoint))
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except RuntimeError as error:
@@ -405,6 +515,7 @@ class SparseTrainer(Trainer):
         if state_dict is not None or not (isinstance(model, PreTrainedModel) or is_timm_model(model)):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
+                self._save_recipe(Path(output_dir or self._folder))
                 info = json.dumps({NATIVE_LAYERS: _native_layers(model)}, indent=2)
                 Path(output_dir or self._folder, INFO_FILE).write_text(info + "\n", encoding="utf-8")
             return
@@ -420,6 +531,11 @@ class SparseTrainer(Trainer):
             extra={NATIVE_LAYERS: names_on_disk(model, _native_layers(model))},
         )
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        self._save_recipe(folder)
+
+    def _save_recipe(self, folder: Path) -> None:
+        if self.recipe is not None and self.recipe.modifiers:
+            self.recipe.save(folder / RECIPE_FILE)
 
     def _last_evaluation(self) -> dict[str, float]:
         skipped = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -434,7 +550,7 @@ class SparseTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies a fixed list of files to the folder that is uploaded.
-        for name in (INFO_FILE, "README.md"):
+        for name in (INFO_FILE, RECIPE_FILE, "README.md"):
             source = Path(checkpoint_folder) / name
             if source.is_file():
                 shutil.copy(source, self._folder / name)
@@ -478,17 +594,27 @@ class _SparseTraining(TrainerCallback):
 
     def __init__(self, trainer: SparseTrainer):
         self.trainer = trainer
+        self._acted = False  # whether the recipe did something at this step
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate tells the dataset its epoch except when it shards or skips batches; here it is always told.
         if hasattr(self.trainer.train_dataset, "set_epoch"):
             self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.session is not None:
+            self._acted = self.trainer.session.before_step()
+
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer._frozen is not None:
             self.trainer._frozen.apply()
+        if self.trainer.session is not None:
+            self.trainer.session.after_step()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self._acted:
+            self._acted = False
+            self.trainer._log_layers()
         if self._agreed():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
@@ -511,6 +637,16 @@ class _SparseTraining(TrainerCallback):
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             interrupt.requested = bool(flag)
         return interrupt.requested
+
+
+class _SetByRecipe(torch.optim.lr_scheduler.LRScheduler):
+    """Leaves the learning rate to the recipe."""
+
+    def get_lr(self) -> list[Any]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_last_lr(self) -> list[Any]:
+        return self.get_lr()
 
 
 class _WithOutput:

@@ -24,15 +24,15 @@ COMMON = {
     "optim_args", "label_smoothing_factor", "max_grad_norm", "bf16", "seed", "eval_strategy", "eval_steps",
     "eval_on_start", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end",
     "metric_for_best_model", "logging_steps", "dataloader_num_workers", "report_to", "push_to_hub",
-    "hub_model_id", "disable_tqdm", "sparse_policy", "min_sparsity", "sparse_ignore", "keep_freed_memory",
+    "hub_model_id", "disable_tqdm",
+    "recipe", "recipe_args", "recipe_compat", "ignore_unknown",
+    "sparse_policy", "min_sparsity", "sparse_ignore", "keep_freed_memory",
     "resume_from_checkpoint",
 }  # fmt: skip
 
 DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 3.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
-    "learning_rate": None,
     "seed": 42,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_ft.masks import masks_from_scores
 from sparse_ft.masks.budgets import SCOPES
@@ -67,7 +67,7 @@ class MaskedTargets(Modifier):
 
     targets: dict[str, Target]
 
-    def find_targets(self, training: Training) -> dict[str, Target]:
+    def find_targets(self, model: nn.Module) -> dict[str, Target]:
         """The weights in the model.
 
         Raises:
@@ -76,10 +76,10 @@ class MaskedTargets(Modifier):
         for name in ("params", "ignore"):
             try:
                 if isinstance(getattr(self, name), list):
-                    find_targets(training.model, getattr(self, name))
+                    find_targets(model, getattr(self, name))
             except ValueError as error:
                 raise self.wrong(name, str(error)) from None
-        targets = find_targets(training.model, self._wanted(), self.ignore)
+        targets = find_targets(model, self._wanted(), self.ignore)
         if not targets:
             raise self.wrong("params", "the model has no such weights")
         return targets
@@ -88,7 +88,7 @@ class MaskedTargets(Modifier):
         return self.params
 
     def attach(self, training: Training) -> None:
-        self.targets = self.find_targets(training)
+        self.targets = self.find_targets(training.model)
 
     def warn_of_unusual(self, training: Training) -> None:
         """Names the targets that pruning usually leaves dense."""

@@ -8,10 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from sparse_ft.atomic import replacing
 from sparse_ft.methods import FieldError, Modifier, find_modifier
 from sparse_ft.methods.fields import NEVER
 from sparse_ft.methods.learning_rate import LearningRateModifierBase
+from sparse_ft.methods.pruning import MaskedTargets
 
 from .document import Document, Entry, Group, Stage, parse_document
 from .errors import RecipeError
@@ -185,9 +188,33 @@ class Recipe:
         ends = [epoch for m in self.modifiers for epoch in (m.timing.start, m.timing.end) if epoch != NEVER]
         return max((math.ceil(epoch) for epoch in ends), default=0)
 
+    def without_learning_rates(self) -> "Recipe":
+        """The recipe without the modifiers that set the learning rate."""
+        document = copy.deepcopy(self.document)
+        for group in (group for stage in document.stages for group in stage.groups):
+            group.entries = [entry for entry in group.entries if not _sets_learning_rate(entry)]
+        for stage in document.stages:
+            stage.groups = [group for group in stage.groups if group.entries]
+        return Recipe(document, name=self.name, compat=self.compat, ignore_unknown=self.ignore_unknown)
+
     @property
     def sets_learning_rate(self) -> bool:
         return any(isinstance(modifier, LearningRateModifierBase) for modifier in self.modifiers)
+
+    def pruned_weights(self, model: nn.Module) -> set[str]:
+        """Names of the weights that a modifier prunes at some time, not of those whose zeros it only keeps.
+
+        Raises:
+            RecipeError: a modifier names weights that the model lacks.
+        """
+        names: set[str] = set()
+        for modifier in self.modifiers:
+            if isinstance(modifier, MaskedTargets) and modifier.completes and not modifier.unsupported:
+                try:
+                    names |= modifier.find_targets(model).keys()
+                except FieldError as error:
+                    raise self.blame(modifier, error) from None
+        return names
 
     def fresh_modifiers(self) -> list[Modifier]:
         """Copies of the modifiers for one training, which keep its state."""
@@ -232,6 +259,13 @@ class Recipe:
                 if entries:
                     name = f"{stage.name}_{group.name}" if stage.name else group.name
                     yield name, entries
+
+
+def _sets_learning_rate(entry: Entry) -> bool:
+    try:
+        return issubclass(find_modifier(entry.type_name), LearningRateModifierBase)
+    except KeyError:
+        return False
 
 
 def _complete(cls: type[Modifier], fields: dict[str, Any]) -> None:
