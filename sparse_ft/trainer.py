@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from sparse_ft.hub.save import INFO_FILE, save_pretrained
 from sparse_ft.hub.timm_models import is_timm_model
 from sparse_ft.interrupt import InterruptRequest, TrainingInterrupted
 from sparse_ft.masks import mask_state, sparsity
+from sparse_ft.masks.targets import typed_layers
 from sparse_ft.memory import keep_freed_memory
 from sparse_ft.nn import FrozenMasks, SparseModule, freeze_masks
 from sparse_ft.randomness import preserved_random_state
@@ -265,7 +266,7 @@ class SparseTrainer(Trainer):
         self._kept_masks = masks = {name: mask for name, mask in masks.items() if name not in pruned}
         self._check_masks(masks)
         with preserved_random_state():
-            self._convert(model, checkpoint.native_layers)
+            self._convert(model, checkpoint.native_layers, [name.removesuffix(".weight") for name in pruned])
             self._check_loss_scale(model)
         if self._frozen is not None:
             self._frozen.remove()
@@ -274,7 +275,7 @@ class SparseTrainer(Trainer):
         self._check_optimizer(model)
         self._announce_sparsity(model)
 
-    def _convert(self, model: nn.Module, chosen: list[str] | None) -> None:
+    def _convert(self, model: nn.Module, chosen: list[str] | None, pruned: Sequence[str]) -> None:
         args = self.args
         if not self._kept_masks or (args.sparse_policy == "none" and chosen is None):
             return
@@ -287,7 +288,7 @@ class SparseTrainer(Trainer):
                 model,
                 self.example_inputs(),
                 policy=args.sparse_policy,
-                ignore=args.sparse_ignore or (),
+                ignore=[*(args.sparse_ignore or ()), *(name for name in pruned if name in typed_layers(model))],
                 **options,
             )
             chosen = _native_layers(model)

@@ -12,9 +12,11 @@ from sparse_ft.cli.errors import INTERRUPTED, UsageError, error_line
 
 COMMANDS = {
     "finetune": "train a sparse model on a dataset, its zeros kept",
+    "train": "prune or train a sparse model from the beginning, as a recipe says",
     "prune": "set the least important weights of a model to zero",
     "inspect": "show the sparsity of each layer, and what runs natively",
     "bench": "time training steps, dense against sparse",
+    "recipe": "check, show and convert recipes",
     "push": "upload a finished folder to the Hugging Face Hub",
     "env": "show versions, instruction set and threads",
 }
@@ -22,6 +24,7 @@ COMMANDS = {
 EPILOG = """examples:
   sparse-ft finetune --model resnet20-cifar10 --dataset digits --output-dir out/digits
   sparse-ft prune --model timm/resnet18 --pretrained --sparsity 0.9 --output-dir out/resnet18-90
+  sparse-ft recipe show recipe.yaml
   sparse-ft inspect out/resnet18-90
   sparse-ft bench out/resnet18-90 --batch-size 32
 

@@ -22,6 +22,8 @@ _MAX_PATTERN = 300
 _MAX_REPEATS = 6
 _LONGEST_NAME = 400
 
+_TIMM_PREFIX = "timm_model."  # of transformers' wrapper around a timm model, whose own names recipes use
+
 _ALSO_PRUNABLE = (nn.Embedding, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -137,7 +139,8 @@ def find_targets(model: nn.Module, wanted: str | Sequence[str], ignore: Sequence
     Args:
         wanted: as the `TARGETS` kind reads it. A name is that of a parameter (`layer1.0.conv1.weight`) or of a layer,
             which stands for its weight. `re:` patterns are matched from the beginning (`re.match`) against names of
-            parameters. A leading `module.`, as DistributedDataParallel writes it, may be there or not.
+            parameters. Leading `module.` (DistributedDataParallel) and `timm_model.` (transformers' wrapper of timm
+            models) may be there or not.
         ignore: names and patterns to leave out.
 
     Raises:
@@ -155,16 +158,22 @@ def find_targets(model: nn.Module, wanted: str | Sequence[str], ignore: Sequence
 def _select(entry: str, every: dict[str, Target]) -> list[str]:
     if entry.startswith(PATTERN_PREFIX):
         pattern = compile_pattern(entry)
-        names = [name for name in every if len(name) <= _LONGEST_NAME and pattern.match(name)]
-        names = names or [name for name in every if pattern.match(WRAPPER_PREFIX + name[:_LONGEST_NAME])]
+        short = [name for name in every if len(name) <= _LONGEST_NAME]
+        names = [name for name in short if any(map(pattern.match, (name, name.removeprefix(_TIMM_PREFIX))))]
+        names = names or [name for name in short if any(map(pattern.match, _wrapped(name)))]
     else:
-        bare = entry.removeprefix(WRAPPER_PREFIX)
-        names = [name for name in (entry, f"{entry}.weight", bare, f"{bare}.weight") if name in every][:1]
+        bare = entry.removeprefix(WRAPPER_PREFIX).removeprefix(_TIMM_PREFIX)
+        spellings = (bare, f"{bare}.weight", f"{_TIMM_PREFIX}{bare}", f"{_TIMM_PREFIX}{bare}.weight")
+        names = [name for name in spellings if name in every][:1]
     if not names:
         near = difflib.get_close_matches(entry, every, n=3, cutoff=0.5) or list(every)[:3]
         hint = f"; names of the model are {', '.join(near)}" if near else "; the model has none to choose from"
         raise ValueError(f"{entry!r} matches no parameter of the model{hint}")
     return names
+
+
+def _wrapped(name: str) -> tuple[str, str]:
+    return WRAPPER_PREFIX + name, WRAPPER_PREFIX + name.removeprefix(_TIMM_PREFIX)
 
 
 def unusual_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:

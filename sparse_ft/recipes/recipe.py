@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -201,15 +201,26 @@ class Recipe:
     def sets_learning_rate(self) -> bool:
         return any(isinstance(modifier, LearningRateModifierBase) for modifier in self.modifiers)
 
+    def check_names(self, model: nn.Module) -> set[str]:
+        """Names of all weights that its modifiers hold to masks.
+
+        Raises:
+            RecipeError: a modifier names weights that the model lacks.
+        """
+        return self._weights(model, lambda modifier: True)
+
     def pruned_weights(self, model: nn.Module) -> set[str]:
         """Names of the weights that a modifier prunes at some time, not of those whose zeros it only keeps.
 
         Raises:
             RecipeError: a modifier names weights that the model lacks.
         """
+        return self._weights(model, lambda modifier: modifier.completes)
+
+    def _weights(self, model: nn.Module, chosen: Callable[[Modifier], bool]) -> set[str]:
         names: set[str] = set()
         for modifier in self.modifiers:
-            if isinstance(modifier, MaskedTargets) and modifier.completes and not modifier.unsupported:
+            if isinstance(modifier, MaskedTargets) and chosen(modifier) and not modifier.unsupported:
                 try:
                     names |= modifier.find_targets(model).keys()
                 except FieldError as error:

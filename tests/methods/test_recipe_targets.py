@@ -42,6 +42,18 @@ def test_wrappers(wrap):
     assert list(find_targets(wrapped, ["re:module.hid.*weight"])) == ["hidden.weight"]
 
 
+def test_names_of_a_timm_model_in_its_wrapper():
+    wrapped = nn.ModuleDict({"timm_model": Mixed()})
+    for entry in (
+        "hidden",
+        "timm_model.hidden.weight",
+        "re:hid.*weight",
+        "re:timm_model.hid.*weight",
+        "module.hidden",
+    ):
+        assert list(find_targets(wrapped, [entry])) == ["timm_model.hidden.weight"]
+
+
 def test_transformers_conv1d_is_prunable_and_transposed():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=11, n_positions=4))
     targets = find_targets(model, ALL_PRUNABLE)
