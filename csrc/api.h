@@ -31,6 +31,8 @@ struct Plane {
 };
 constexpr int32_t kNoTap = INT32_MIN;
 
+class Programs;  // programs.h
+
 struct Geometry {
     int64_t batch;
     int64_t groups, rows_per_group, channels_per_group;  // channel = group * channels_per_group + col / taps
@@ -52,6 +54,7 @@ struct Product {
     View source, dest;    // dest may be null data in a sampled product
     View grad;            // sampled product: G; unused otherwise
     float* value_grad;    // sampled product: dw (nnz)
+    Programs* programs;   // where this pattern's generated kernels are kept; null: generate none
     int threads;
 };
 
@@ -95,6 +98,7 @@ const Kernels* kernels_portable();
 #if defined(SPARSE_FT_X86)
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_jit();  // the same, with products by generated code
 #endif
 
 // ---- pattern.cpp -----------------------------------------------------------------------------
@@ -110,6 +114,8 @@ void build_rows(const float* weight, const uint8_t* mask, int64_t rows, int64_t 
 // Transposed rows: (stride phase, input channel); entry = output-channel-in-group * taps + tap.
 void build_transpose(const PatternShape&, const int32_t* row_ptr, const int32_t* col, int32_t* t_row_ptr,
                      int32_t* t_col, int32_t* perm);
+// A number that two index arrays share only if they are equal, but for chance in 2^64.
+uint64_t fingerprint(const int32_t* values, int64_t count);
 // Null, or what is wrong: range, order, count.
 const char* validate_rows(const int32_t* row_ptr, int64_t rows, const int32_t* col, int64_t nnz, int64_t cols);
 

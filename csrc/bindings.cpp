@@ -8,6 +8,7 @@
 
 #include "api.h"
 #include "dispatch.h"
+#include "programs.h"
 
 namespace py = pybind11;
 using namespace sparse_ft;
@@ -80,7 +81,7 @@ struct ForwardProduct {
     Product product{};
 
     ForwardProduct(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size,
-                   Address row_ptr, Address col, int64_t nnz, int threads)
+                   Address row_ptr, Address col, int64_t nnz, Programs* programs, int threads)
         : tap_y(forward_taps(c, 0)),
           tap_x(forward_taps(c, 1)),
           plane{at<const int32_t>(row_ptr), out_size[0], out_size[1], 0, 0, tap_y.data(), tap_x.data()} {
@@ -91,6 +92,7 @@ struct ForwardProduct {
         product.nnz = nnz;
         product.col = at<const int32_t>(col);
         product.source = view(x, x_stride);
+        product.programs = programs;
         product.threads = threads;
     }
     ForwardProduct(const ForwardProduct&) = delete;  // the product points into it
@@ -108,9 +110,9 @@ void run(const char* (*kernel)(const Product&), const Product& product) {
 
 void forward(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address y,
              const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
-             int threads) {
+             Programs* programs, int threads) {
     check(c);
-    ForwardProduct f(c, size, x, x_stride, out_size, row_ptr, col, nnz, threads);
+    ForwardProduct f(c, size, x, x_stride, out_size, row_ptr, col, nnz, programs, threads);
     f.product.values = at<const float>(values);
     f.product.bias = at<const float>(bias);
     f.product.dest = view(y, y_stride);
@@ -119,7 +121,7 @@ void forward(const Convolution& c, const Four& size, Address x, const Four& x_st
 
 void input_grad(const Convolution& c, const Four& size, Address grad, const Four& grad_stride, Two out_size,
                 Address grad_x, const Four& grad_x_stride, Address t_row_ptr, Address t_col, Address perm,
-                Address values, int64_t nnz, int threads) {
+                Address values, int64_t nnz, Programs* programs, int threads) {
     check(c);
     const int64_t channels = c.weight[1] * c.groups;
     std::vector<std::vector<int32_t>> taps_y, taps_x;
@@ -143,14 +145,16 @@ void input_grad(const Convolution& c, const Four& size, Address grad, const Four
     q.values = at<const float>(values);
     q.source = view(grad, grad_stride);
     q.dest = view(grad_x, grad_x_stride);
+    q.programs = programs;
     q.threads = threads;
     run(active_kernels().gather_product, q);
 }
 
 void weight_grad(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address grad,
-                 const Four& grad_stride, Address row_ptr, Address col, Address value_grad, int64_t nnz, int threads) {
+                 const Four& grad_stride, Address row_ptr, Address col, Address value_grad, int64_t nnz,
+                 Programs* programs, int threads) {
     check(c);
-    ForwardProduct f(c, size, x, x_stride, out_size, row_ptr, col, nnz, threads);
+    ForwardProduct f(c, size, x, x_stride, out_size, row_ptr, col, nnz, programs, threads);
     f.product.grad = view(grad, grad_stride);
     f.product.value_grad = at<float>(value_grad);
     run(active_kernels().sampled_product, f.product);
@@ -181,6 +185,8 @@ PYBIND11_MODULE(_native, m) {
              }),
              py::arg("weight"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"));
 
+    py::class_<Programs>(m, "Programs", "Generated kernels of one pattern; they die with it.").def(py::init<>());
+
     m.def("forward", &forward);
     m.def("input_grad", &input_grad);
     m.def("weight_grad", &weight_grad);
@@ -192,6 +198,10 @@ PYBIND11_MODULE(_native, m) {
     m.def("count_true", [](Address mask, int64_t numel, int threads) {
         py::gil_scoped_release release;
         return count_true(at<const uint8_t>(mask), numel, threads);
+    });
+    m.def("fingerprint", [](Address values, int64_t count) {
+        py::gil_scoped_release release;
+        return fingerprint(at<const int32_t>(values), count);
     });
     m.def("build_rows", [](Address weight, Address mask, int64_t rows, int64_t cols, Address row_ptr, Address col,
                            Address values, int threads) {

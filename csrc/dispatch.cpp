@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cstring>
 
+#include "executable.h"
+
 namespace sparse_ft {
 namespace {
 
@@ -16,8 +18,10 @@ std::vector<const Kernels*> available_kernels() {
     __builtin_cpu_init();  // also checks that the operating system saves the wide registers
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (can_execute_generated_code()) found.push_back(kernels_avx512_jit());
         found.push_back(kernels_avx512());
+    }
     if (avx2) found.push_back(kernels_avx2());
 #endif
     found.push_back(kernels_portable());

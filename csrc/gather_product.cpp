@@ -57,14 +57,14 @@ constexpr std::array<RowKernel, sizeof...(V) + 1> row_kernels(std::index_sequenc
 }
 constexpr auto kRowKernels = row_kernels(std::make_index_sequence<kRowVectors>());
 
-// Writes one row's finished tile, staged as [tile row][padded run], to a batch-last destination.
+// Writes one row's finished tile, staged as [tile row][padded run of `lanes` a position], to a batch-last destination.
 void scatter_batch_last(const Geometry& g, const Plane& p, const Tile& tile, const float* from, int64_t padded,
-                        const View& d, int64_t row) {
+                        int64_t lanes, const View& d, int64_t row) {
     for (int64_t r = 0; r < tile.rows; ++r)
         for (int64_t c = 0; c < tile.cols; ++c)
             std::memcpy(d.data + row * d.c + (p.dest_y + (tile.y + r) * g.dest_step_y) * d.y +
                             (p.dest_x + (tile.x + c) * g.dest_step_x) * d.x + tile.n,
-                        from + r * padded + c * tile.lanes, size_t(tile.lanes) * sizeof(float));
+                        from + r * padded + c * lanes, size_t(tile.lanes) * sizeof(float));
 }
 
 // The same for a block of rows of a channels-last destination: positions are transposed tiles.
@@ -84,7 +84,7 @@ class GatherProduct {
         const int64_t rows = g.groups * g.rows_per_group;
         int64_t segments = 0;
         for (int64_t i = 0; i < q.plane_count; ++i) {
-            tilings.emplace_back(g, q.planes[i], tile_vectors() * kLanes, panel_bytes());
+            tilings.emplace_back(g, q.planes[i], limits());
             tables.emplace_back(tilings[i], g);
             segment_start.push_back(segments);
             segments += rows * (tilings[i].blocks + 1);
@@ -130,12 +130,10 @@ class GatherProduct {
     // Measured choices. Token-major sources are all samples and no positions: narrow tiles keep a panel of many
     // inputs high in the caches. Elsewhere long rows pay for a reduction in blocks that sit high in the
     // second-level cache; for short rows a larger panel (less halo packed, fewer partial sums) is worth more.
-    bool token_major() const { return q.source.n != 1; }
-    int64_t tile_vectors() const { return token_major() ? 4 : kRowVectors; }
-    int64_t panel_bytes() const {
-        if (token_major()) return 96 << 10;
+    TileLimits limits() const {
+        if (q.source.n != 1) return {4 * kLanes, 4 * kLanes, 8, 96 << 10};
         const int64_t rows = g.groups * g.rows_per_group * q.plane_count;
-        return (q.nnz > 48 * rows ? 128 : 448) << 10;
+        return {kRowVectors * kLanes, kRowVectors * kLanes, 8, (q.nnz > 48 * rows ? 128 : 448) << 10};
     }
 
     void split_work() {
@@ -181,29 +179,30 @@ class GatherProduct {
         const int64_t stage_rows = t.blocks > 1 ? std::min(g.rows_per_group, last - first) : 16;
         float* stage = direct ? nullptr : stage_scratch.floats(size_t(stage_rows * tile.rows * padded));
 
-        for_each_panel(
-            t, g, first, last, [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
-                pack_panel(t, tile, g, q.source, channel, count, panel);
-                if (direct) {
-                    float* out = d.data + row0 * d.c + (p.dest_y + tile.y * g.dest_step_y) * d.y +
-                                 (p.dest_x + tile.x * g.dest_step_x) * d.x + tile.n;
-                    kernel(set, block, row0, row1, panel, tile.rows, t.row_stride, out, d.c, g.dest_step_y * d.y,
-                           q.bias);
-                    return;
-                }
-                for (int64_t row = row0; row < row1; row += stage_rows) {
-                    const int64_t end = std::min(row + stage_rows, row1);
-                    kernel(set, block, row, end, panel, tile.rows, t.row_stride, stage, tile.rows * padded, padded,
-                           q.bias);
-                    if (block + 1 < t.blocks) continue;
-                    if (d.n == 1) {
-                        for (int64_t r = row; r < end; ++r)
-                            scatter_batch_last(g, p, tile, stage + (r - row) * tile.rows * padded, padded, d, r);
-                    } else {
-                        scatter_channels_last(g, p, tile, stage, padded, d, row, end - row);
-                    }
-                }
-            });
+        for_each_panel(t, g, first, last,
+                       [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
+                           pack_panel(t, tile, g, q.source, channel, count, panel);
+                           if (direct) {
+                               float* out = d.data + row0 * d.c + (p.dest_y + tile.y * g.dest_step_y) * d.y +
+                                            (p.dest_x + tile.x * g.dest_step_x) * d.x + tile.n;
+                               kernel(set, block, row0, row1, panel, tile.rows, t.row_stride, out, d.c,
+                                      g.dest_step_y * d.y, q.bias);
+                               return;
+                           }
+                           for (int64_t row = row0; row < row1; row += stage_rows) {
+                               const int64_t end = std::min(row + stage_rows, row1);
+                               kernel(set, block, row, end, panel, tile.rows, t.row_stride, stage, tile.rows * padded,
+                                      padded, q.bias);
+                               if (block + 1 < t.blocks) continue;
+                               if (d.n == 1) {
+                                   for (int64_t r = row; r < end; ++r)
+                                       scatter_batch_last(g, p, tile, stage + (r - row) * tile.rows * padded, padded,
+                                                          t.lanes, d, r);
+                               } else {
+                                   scatter_channels_last(g, p, tile, stage, padded, d, row, end - row);
+                               }
+                           }
+                       });
     }
 };
 

@@ -5,6 +5,10 @@
 #include "norm.cpp"
 #include "roofs.cpp"
 #include "sampled_product.cpp"
+#if defined(__AVX512F__)
+#include "generated_gather.cpp"
+#include "generated_sampled.cpp"
+#endif
 
 #define SPARSE_FT_JOIN_(a, b) a##b
 #define SPARSE_FT_JOIN(a, b) SPARSE_FT_JOIN_(a, b)
@@ -26,5 +30,18 @@ const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
                                load_fma_peak};
     return &table;
 }
+
+#if defined(__AVX512F__)
+const Kernels* kernels_avx512_jit() {
+    static const Kernels table = [] {
+        Kernels kernels = *kernels_avx512();
+        kernels.name = "avx512-jit";
+        kernels.gather_product = avx512::generated_gather_product;
+        kernels.sampled_product = avx512::generated_sampled_product;
+        return kernels;
+    }();
+    return &table;
+}
+#endif
 
 }  // namespace sparse_ft

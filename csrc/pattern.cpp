@@ -106,6 +106,26 @@ void build_transpose(const PatternShape& s, const int32_t* row_ptr, const int32_
     }
 }
 
+uint64_t fingerprint(const int32_t* values, int64_t count) {
+    // Four independent multiply-and-rotate chains over pairs of values keep the multiplier busy.
+    constexpr uint64_t kPrime = 0x9E3779B97F4A7C15u;
+    uint64_t chain[4] = {kPrime, 2 * kPrime, 3 * kPrime, uint64_t(count) * kPrime};
+    auto mix = [](uint64_t state, uint64_t value) {
+        state = (state ^ value) * kPrime;
+        return state ^ state >> 29;
+    };
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int k = 0; k < 4; ++k) {
+            uint64_t pair;
+            std::memcpy(&pair, values + i + 2 * k, sizeof pair);
+            chain[k] = mix(chain[k], pair);
+        }
+    for (; i < count; ++i) chain[0] = mix(chain[0], uint32_t(values[i]));
+    for (int k = 1; k < 4; ++k) chain[0] = mix(chain[0], chain[k]);
+    return chain[0];
+}
+
 const char* validate_rows(const int32_t* row_ptr, int64_t rows, const int32_t* col, int64_t nnz, int64_t cols) {
     if (row_ptr[0] != 0 || row_ptr[rows] != nnz)
         return "row pointers do not start at 0 and end at the number of nonzeros";

@@ -57,7 +57,7 @@ class SampledProduct {
         : q(product),
           g(product.geometry),
           p(product.planes[0]),
-          t(g, p, kDotVectors * kLanes, kPanelBytes),
+          t(g, p, {kDotVectors * kLanes, kDotVectors * kLanes, 8, kPanelBytes}),
           table(t, g),
           rows(g.groups * g.rows_per_group) {
         thread_local Scratch shared_offsets, shared_segments, shared_partials;

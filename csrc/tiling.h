@@ -47,6 +47,15 @@ struct Axis {
     }
 };
 
+struct TileLimits {
+    int64_t lanes;        // samples of a tile
+    int64_t run;          // samples times columns
+    int64_t rows;         // of positions
+    int64_t bytes;        // of a panel
+    bool square = false;  // as few columns as make the least halo, rather than as many as `run` allows
+    int64_t vector = 0;   // a lone position's samples in interleaved groups of so many: [group][channel][sample]
+};
+
 struct Tiling {
     static constexpr int64_t kMaxChannelFloats = int64_t(1) << 28;  // and so offsets fit in 32 bits
 
@@ -54,30 +63,17 @@ struct Tiling {
     int64_t lanes, cols, rows;                          // of a full tile
     int64_t panel_cols, panel_rows;                     // per phase
     int64_t column_stride, row_stride, channel_stride;  // floats in the panel
+    int64_t group_stride = 0;                           // of interleaved samples; otherwise unused
     int64_t block_channels;  // channels of one panel; a reduction over more is done in blocks
     int64_t blocks;          // per group chunk
     int64_t groups_per_chunk, chunks;
     int64_t batch_tiles, y_tiles, x_tiles;
 
-    // `width`: vectors of a tile times lanes of a vector; `budget`: bytes of a panel.
-    Tiling(const Geometry& g, const Plane& p, int64_t max_lanes, int64_t budget)
+    Tiling(const Geometry& g, const Plane& p, const TileLimits& limits)
         : y(p.tap_y, g.taps_h, g.step_y), x(p.tap_x, g.taps_w, g.step_x) {
-        lanes = std::min(g.batch, max_lanes);
+        lanes = std::min(g.batch, limits.lanes);
         batch_tiles = (g.batch + lanes - 1) / lanes;
-        const int64_t wanted = std::clamp<int64_t>(max_lanes / lanes, 1, std::max<int64_t>(p.width, 1));
-        x_tiles = (std::max<int64_t>(p.width, 1) + wanted - 1) / wanted;
-        cols = (std::max<int64_t>(p.width, 1) + x_tiles - 1) / x_tiles;
-        x_tiles = (p.width + cols - 1) / cols;
-        rows = 1;
-        const int64_t channels = g.channels_per_group;
-        auto bytes = [&](int64_t r, int64_t ch) {
-            return ch * y.phase_count() * (r + y.reach) * x.phase_count() * (cols + x.reach) * lanes * 4;
-        };
-        while (rows < std::min<int64_t>(p.height, 8) && bytes(rows + 1, channels) <= budget) ++rows;
-        rows = std::max<int64_t>(1, std::min(rows, p.height));
-        const int64_t y_count = (p.height + rows - 1) / std::max<int64_t>(rows, 1);
-        if (y_count > 0) rows = (p.height + y_count - 1) / y_count;
-        y_tiles = y_count;
+        choose_extents(p, limits, g.channels_per_group * lanes * 4);
         panel_cols = cols + x.reach;
         panel_rows = rows + y.reach;
         column_stride = lanes;
@@ -86,7 +82,8 @@ struct Tiling {
         if (channel_stride > kMaxChannelFloats)
             throw std::length_error(
                 "dilation times kernel size is too large: one channel of a tile takes over a gigabyte");
-        const int64_t fit = std::max<int64_t>(1, budget / 4 / std::max<int64_t>(channel_stride, 1));
+        const int64_t channels = g.channels_per_group;
+        const int64_t fit = std::max<int64_t>(1, limits.bytes / 4 / std::max<int64_t>(channel_stride, 1));
         if (fit >= channels) {
             block_channels = channels;
             blocks = 1;
@@ -98,9 +95,51 @@ struct Tiling {
             groups_per_chunk = 1;
         }
         chunks = (g.groups + groups_per_chunk - 1) / groups_per_chunk;
+        if (limits.vector > 0) {
+            channel_stride = limits.vector;
+            group_stride = groups_per_chunk * block_channels * limits.vector;
+        }
+    }
+    // Columns and rows of a tile, evened out over the plane. `bytes`: of one panel entry over all channels.
+    void choose_extents(const Plane& p, const TileLimits& limits, int64_t bytes) {
+        const int64_t width = std::max<int64_t>(p.width, 1), height = std::max<int64_t>(p.height, 1);
+        auto even = [](int64_t size, int64_t limit) {
+            const int64_t parts = (size + limit - 1) / limit;
+            return (size + parts - 1) / parts;
+        };
+        const int64_t widest = std::clamp<int64_t>(limits.run / lanes, 1, width);
+        double least = 0;
+        for (int64_t limit = limits.square ? 1 : widest; limit <= widest; ++limit) {
+            const int64_t c = even(width, limit);
+            const int64_t line = y.phase_count() * x.phase_count() * (c + x.reach) * bytes;
+            int64_t r = std::clamp<int64_t>(limits.bytes / std::max<int64_t>(line, 1) - y.reach, 1,
+                                            std::min(height, limits.rows));
+            r = even(height, r);
+            // What is packed for a position, and the fixed cost of a row of positions.
+            const double cost = double((r + y.reach) * (c + x.reach)) / double(r * c) + 8.0 / double(c * lanes);
+            if (least > 0 && cost >= least) continue;
+            least = cost;
+            cols = c;
+            rows = r;
+        }
+        x_tiles = (p.width + cols - 1) / cols;
+        y_tiles = (p.height + rows - 1) / rows;
     }
     int64_t tiles() const { return batch_tiles * y_tiles * x_tiles; }
-    int64_t panel_floats() const { return groups_per_chunk * block_channels * channel_stride; }
+    int64_t panel_floats() const {
+        const int64_t channels = groups_per_chunk * block_channels;
+        return group_stride > 0 ? (lanes + channel_stride - 1) / channel_stride * group_stride
+                                : channels * channel_stride;
+    }
+    // Everything that the offsets within a panel depend on.
+    std::vector<int64_t> key(const Geometry& g) const {
+        std::vector<int64_t> numbers{g.groups,       g.rows_per_group, g.channels_per_group,
+                                     channel_stride, group_stride,     block_channels,
+                                     blocks,         groups_per_chunk, row_stride};
+        for (int64_t ky = 0; ky < g.taps_h; ++ky)
+            for (int64_t kx = 0; kx < g.taps_w; ++kx) numbers.push_back(tap_offset(ky, kx));
+        return numbers;
+    }
     int64_t tap_offset(int64_t ky, int64_t kx) const {  // negative: the tap is not in this plane
         if (y.phase[ky] < 0 || x.phase[kx] < 0) return -1;
         return (y.phase[ky] * panel_rows + y.hop[ky]) * row_stride +

@@ -7,20 +7,26 @@ _Sizes = Sequence[int]
 class Convolution:
     def __init__(self, weight: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int) -> None: ...
 
+class Programs:
+    def __init__(self) -> None: ...
+
 def forward(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int, y_stride: _Sizes,
-    row_ptr: int, col: int, values: int, bias: int, nnz: int, threads: int,
+    row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs, threads: int,
 ) -> None: ...  # fmt: skip
 def input_grad(
     conv: Convolution, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,
-    grad_x_stride: _Sizes, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int, threads: int,
+    grad_x_stride: _Sizes, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int, programs: Programs,
+    threads: int,
 ) -> None: ...  # fmt: skip
 def weight_grad(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int, grad_stride: _Sizes,
-    row_ptr: int, col: int, value_grad: int, nnz: int, threads: int,
+    row_ptr: int, col: int, value_grad: int, nnz: int, programs: Programs,
+    threads: int,
 ) -> None: ...  # fmt: skip
 def count_nonzero(weight: int, numel: int, threads: int) -> int: ...
 def count_true(mask: int, numel: int, threads: int) -> int: ...
+def fingerprint(values: int, count: int) -> int: ...
 def build_rows(
     weight: int, mask: int, rows: int, cols: int, row_ptr: int, col: int, values: int, threads: int
 ) -> None: ...

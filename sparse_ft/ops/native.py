@@ -3,9 +3,11 @@
 import functools
 import math
 import os
+from typing import NamedTuple
 
 import torch  # before the native core, which then shares torch's OpenMP runtime
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_ft.ops import _native
 from sparse_ft.ops.layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, empty, is_batch_last, layout_of
@@ -50,6 +52,29 @@ def _convolution(weight_shape, stride, padding, dilation, groups) -> _native.Con
 
 def convolution(weight_shape, stride, padding, dilation, groups) -> _native.Convolution:
     return _convolution(tuple(weight_shape), tuple(stride), tuple(padding[:2]), tuple(dilation), groups)
+
+
+class _Generated(NamedTuple):
+    """A pattern's generated kernels, and how to see that it was written to in place."""
+
+    versions: tuple
+    fingerprint: tuple[int, ...]
+    programs: _native.Programs
+
+
+_generated: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a pattern's first tensor -> _Generated
+
+
+def programs(pattern: list[Tensor]) -> _native.Programs:
+    """Where the generated kernels of a pattern are kept, as long as its tensors live and are what they were."""
+    versions = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in pattern)
+    known = _generated.get(pattern[0])
+    if known is None or known.versions != versions or pattern[0].is_inference():
+        fingerprint = tuple(_native.fingerprint(t.data_ptr(), t.numel()) for t in pattern)
+        same = known is not None and known.fingerprint == fingerprint  # written, but with the same numbers
+        known = _Generated(versions, fingerprint, known.programs if same else _native.Programs())
+        _generated[pattern[0]] = known
+    return known.programs
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -155,7 +180,7 @@ def conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, gr
     _native.forward(
         convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
         dest.positions, out.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(),
-        _pointer(bias), values.numel(), _conv_threads(values.numel(), x, out),
+        _pointer(bias), values.numel(), programs(pattern), _conv_threads(values.numel(), x, out),
     )  # fmt: skip
     return out
 
@@ -168,7 +193,8 @@ def conv2d_input_grad(
     _native.input_grad(
         convolution(weight_shape, stride, padding, dilation, groups), dest.size, grad.data_ptr(), source.strides,
         source.positions, grad_x.data_ptr(), dest.strides, pattern[2].data_ptr(), pattern[3].data_ptr(),
-        pattern[4].data_ptr(), values.data_ptr(), values.numel(), _conv_threads(values.numel(), grad_x, grad),
+        pattern[4].data_ptr(), values.data_ptr(), values.numel(), programs(pattern),
+        _conv_threads(values.numel(), grad_x, grad),
     )  # fmt: skip
     return grad_x
 
@@ -181,7 +207,7 @@ def conv2d_weight_grad(
     _native.weight_grad(
         convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
         dest.positions, grad.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(),
-        value_grad.data_ptr(), value_grad.numel(), _conv_threads(value_grad.numel(), x, grad),
+        value_grad.data_ptr(), value_grad.numel(), programs(pattern), _conv_threads(value_grad.numel(), x, grad),
     )  # fmt: skip
     return value_grad
 
@@ -200,7 +226,7 @@ def linear(x, values, bias, pattern, in_features, out_features, out: Tensor) -> 
     conv = convolution((out_features, in_features, 1, 1), *_UNIT)
     _native.forward(
         conv, size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0), pattern[0].data_ptr(),
-        pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(),
+        pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(), programs(pattern),
         _linear_threads(values.numel(), x, out, in_features),
     )  # fmt: skip
     return out
@@ -212,7 +238,8 @@ def linear_input_grad(grad, values, pattern, in_features, out_features, grad_x: 
     _native.input_grad(
         conv, (grad.shape[0], in_features, 1, 1), grad.data_ptr(), grad_strides, (1, 1), grad_x.data_ptr(),
         (in_features, 1, 0, 0), pattern[2].data_ptr(), pattern[3].data_ptr(), pattern[4].data_ptr(),
-        values.data_ptr(), values.numel(), _linear_threads(values.numel(), grad, grad_x, out_features),
+        values.data_ptr(), values.numel(), programs(pattern),
+        _linear_threads(values.numel(), grad, grad_x, out_features),
     )  # fmt: skip
     return grad_x
 
@@ -223,7 +250,7 @@ def linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad: 
     conv = convolution((out_features, in_features, 1, 1), *_UNIT)
     _native.weight_grad(
         conv, size, x.data_ptr(), strides, (1, 1), grad.data_ptr(), grad_strides, pattern[0].data_ptr(),
-        pattern[1].data_ptr(), value_grad.data_ptr(), value_grad.numel(),
+        pattern[1].data_ptr(), value_grad.data_ptr(), value_grad.numel(), programs(pattern),
         _linear_threads(value_grad.numel(), x, grad, in_features),
     )  # fmt: skip
     return value_grad

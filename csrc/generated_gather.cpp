@@ -1,0 +1,335 @@
+// Gather product by generated code: the pattern's nonzeros become straight-line instructions.
+//
+// Up to 28 rows x one vector of lanes are accumulators. A source vector is loaded once and feeds every row that
+// has a nonzero there; a nonzero is one instruction, a fused multiply-add with its value broadcast from memory. No
+// index is read at run time, and a nonzero costs half a load instead of the whole one of the plain kernel, so the
+// product runs near the processor's peak as long as the panel is in the second-level cache and a chunk's code
+// (about 11 bytes a nonzero) in the first.
+#include <omp.h>
+
+#include "assembler.h"
+#include "executable.h"
+#include "generated.h"
+#include "programs.h"
+
+namespace sparse_ft {
+namespace SPARSE_FT_ISA {
+namespace {
+
+constexpr int64_t kGatherRows = 28;             // accumulators; the other four registers hold source vectors
+constexpr int64_t kBandRows = 4 * kGatherRows;  // staged before they go to a channels-last destination: whole lines
+constexpr int64_t kBypassBytes = 4 << 20;
+constexpr int64_t kChunkNonzeros = 2048;  // of one chunk, whose code then fits the first-level instruction cache
+
+// x, values: of the chunk; out_row: bytes from a row's lanes to the next row's; bias: of the chunk's rows.
+using GatherCode = void (*)(const float* x, const float* values, float* out, int64_t vectors, int64_t x_step,
+                            int64_t out_step, int64_t out_row, const float* bias);
+
+struct GatherChunk {  // some rows, and a part of their reduction
+    int64_t row, rows, entry, value;
+    bool begins, ends;  // the reduction
+};
+
+struct GatherProgram : Program {
+    std::unique_ptr<Executable> code;
+    std::vector<GatherChunk> chunks;
+    std::vector<int64_t> panel{0};  // chunks of panel i: panel[i] up to panel[i + 1]
+    std::vector<int32_t> order;     // index of every value, in the code's order
+};
+
+class GatherCompiler {
+  public:
+    GatherCompiler(const Product& product, const Tiling& tiling, const Plane& plane)
+        : q(product), t(tiling), p(plane), g(product.geometry) {}
+
+    // Null if the pattern is malformed (`problem` says how) or the system allows no generated code.
+    std::shared_ptr<const GatherProgram> compile(const char** problem) {
+        const int64_t rows = g.groups * g.rows_per_group;
+        offsets.resize(size_t(q.nnz));
+        segment.resize(size_t(rows * (t.blocks + 1)));
+        const OffsetTable table(t, g);
+        for (int64_t row = 0; row < rows; ++row)
+            if ((*problem = table.prepare(t, g, p.row_ptr, row, q.nnz, q.col, offsets.data(),
+                                          segment.data() + row * (t.blocks + 1))))
+                return nullptr;
+        for (int64_t j = p.row_ptr[0]; q.perm && j < p.row_ptr[rows]; ++j)
+            if (uint32_t(q.perm[j]) >= uint64_t(q.nnz)) {
+                *problem = "permutation is out of range";
+                return nullptr;
+            }
+        program->order.reserve(size_t(p.row_ptr[rows] - p.row_ptr[0]));
+        for_each_panel(t, g, 0, rows, [&](int64_t row0, int64_t row1, int64_t block, int64_t, int64_t) {
+            for (int64_t group = row0; group < row1; group += g.rows_per_group) {
+                for (int64_t row = group, end; row < group + g.rows_per_group; row = end) {
+                    end = chunk_end(row, group + g.rows_per_group);
+                    add_rows(row, end, block);
+                }
+            }
+            program->panel.push_back(int64_t(program->chunks.size()));
+        });
+        program->code.reset(new Executable(assembler.data(), size_t(assembler.size())));
+        return program->code->valid() ? program : nullptr;
+    }
+
+  private:
+    struct Entry {
+        int32_t offset, row, value;
+    };
+    const Product& q;
+    const Tiling& t;
+    const Plane& p;
+    const Geometry& g;
+    Assembler assembler;
+    std::shared_ptr<GatherProgram> program = std::make_shared<GatherProgram>();
+    std::vector<int32_t> offsets, segment, place;
+    std::vector<Entry> entries;
+
+    // Whole chunks where rows are written in bands of them; elsewhere as even as can be.
+    int64_t chunk_end(int64_t row, int64_t group_end) const {
+        const int64_t left = group_end - row, chunks = (left + kGatherRows - 1) / kGatherRows;
+        return row + (q.dest.n != 1 ? std::min(left, kGatherRows) : (left + chunks - 1) / chunks);
+    }
+
+    void add_rows(int64_t row, int64_t end, int64_t block) {
+        sort_entries(row, end, block);
+        const int64_t count = int64_t(entries.size()), parts = (count + kChunkNonzeros - 1) / kChunkNonzeros;
+        const bool first = block == 0, last = block + 1 == t.blocks;
+        if (count == 0 && !first && !last) return;
+        for (int64_t part = 0, begin = 0; part < std::max<int64_t>(parts, 1); ++part) {
+            int64_t stop = parts ? count * (part + 1) / parts : 0;
+            while (stop < count && entries[stop].offset == entries[stop - 1].offset) ++stop;
+            program->chunks.push_back({row, end - row, assembler.size(), int64_t(program->order.size()),
+                                       first && part == 0, last && part + 1 >= parts});
+            emit(program->chunks.back(), begin, stop);
+            begin = stop;
+        }
+    }
+
+    // The rows' nonzeros in a block by source position, rows ascending: a counting sort by column.
+    void sort_entries(int64_t row, int64_t end, int64_t block) {
+        const int64_t taps = g.taps_h * g.taps_w, base = t.blocks > 1 ? block * t.block_channels * taps : 0;
+        place.assign(size_t(t.block_channels * taps) + 1, 0);
+        auto each = [&](auto body) {
+            for (int64_t r = row; r < end; ++r) {
+                const int32_t* bounds = segment.data() + r * (t.blocks + 1) + block;
+                for (int32_t j = bounds[0]; j < bounds[1]; ++j) body(r, j);
+            }
+        };
+        each([&](int64_t, int32_t j) { ++place[size_t(q.col[j] - base) + 1]; });
+        for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
+        entries.resize(size_t(place.back()));
+        each([&](int64_t r, int32_t j) {
+            entries[size_t(place[size_t(q.col[j] - base)]++)] = {offsets[j], int32_t(r - row), q.perm ? q.perm[j] : j};
+        });
+    }
+
+    void emit(const GatherChunk& chunk, int64_t begin, int64_t end) {
+        Assembler& a = assembler;
+        a.reserve(size_t(2 * (end - begin) + (end - begin) / 256 + 4 * chunk.rows + 20));
+        a.load_argument(rax, 8);
+        const int64_t top = a.size();
+        if (chunk.begins) {
+            a.load_argument(r10, 16);
+            for (int r = 0; r < chunk.rows; ++r) a.broadcast(r, r10, r * 4);
+        } else {
+            a.move(r10, rdx);
+            for (int r = 0; r < chunk.rows; ++r) {
+                a.load(r, r10, 0);
+                a.add(r10, rax);
+            }
+        }
+        a.move(r11, rsi);
+        int32_t at = 0;  // r11 - rsi
+        int source = 31;
+        for (int64_t i = begin; i < end; ++i) {
+            const Entry& entry = entries[size_t(i)];
+            if (i == begin || entry.offset != entries[size_t(i - 1)].offset) {
+                source = source == 31 ? 28 : source + 1;
+                a.load(source, rdi, entry.offset * 4);
+            }
+            const int32_t value = int32_t(i - begin) * 4;
+            if (value - at > 127 * 4) {  // keep displacements within one byte
+                a.add(r11, value + 128 * 4 - at);
+                at = value + 128 * 4;
+            }
+            a.fma_broadcast(entry.row, source, r11, value - at);
+            program->order.push_back(entry.value);
+        }
+        a.move(r10, rdx);
+        for (int r = 0; r < chunk.rows; ++r) {
+            a.store(r, r10, 0);
+            a.add(r10, rax);
+        }
+        a.add(rdi, r8);
+        a.add(rdx, r9);
+        a.repeat_from(top, rcx);
+        a.end_vectors();
+        a.ret();
+    }
+};
+
+class GeneratedGather {
+  public:
+    explicit GeneratedGather(const Product& product) : q(product), g(product.geometry) {
+        for (int64_t i = 0; i < q.plane_count; ++i) tilings.emplace_back(g, q.planes[i], limits());
+        split_work();
+        int64_t positions = 0;
+        for (int64_t i = 0; i < q.plane_count; ++i) positions += q.planes[i].height * q.planes[i].width;
+        bypass = q.dest.n == 1 && positions * g.batch * g.groups * g.rows_per_group * 4 > kBypassBytes;
+    }
+
+    // False if there is no program, for the reason in `problem` if that is not null.
+    bool prepare(const char** problem) {
+        const int64_t rows = g.groups * g.rows_per_group;
+        if ((*problem = check_ends(q.planes[0].row_ptr[0], q.planes[q.plane_count - 1].row_ptr[rows], q.nnz)))
+            return false;
+        for (int64_t i = 0; i < q.plane_count; ++i) {
+            Programs::Key key = tilings[i].key(g);
+            key.insert(key.begin(), {q.perm ? 1 : 0, i});
+            programs.push_back(q.programs->find_or_make<GatherProgram>(
+                key, [&] { return GatherCompiler(q, tilings[i], q.planes[i]).compile(problem); }));
+            if (programs.back() == nullptr) return false;
+            first_value.push_back(first_value.back() + int64_t(programs.back()->order.size()));
+        }
+        return true;
+    }
+
+    void run() {
+        thread_local Scratch shared_values;
+        float* values = shared_values.floats(size_t(q.nnz) + 1);
+#pragma omp parallel num_threads(q.threads)
+        {
+            for (int64_t plane = 0; plane < q.plane_count; ++plane) {
+                const std::vector<int32_t>& order = programs[plane]->order;
+                float* to = values + first_value[plane];
+#pragma omp for schedule(static)
+                for (int64_t i = 0; i < int64_t(order.size()); ++i) to[i] = q.values[order[i]];
+            }
+            thread_local Scratch panel_scratch, stage_scratch;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < items.back(); ++i) compute(i, values, panel_scratch, stage_scratch);
+            _mm_sfence();  // stores around the caches are seen by whoever comes next
+        }
+    }
+
+  private:
+    const Product& q;
+    const Geometry& g;
+    std::vector<Tiling> tilings;
+    std::vector<std::shared_ptr<const GatherProgram>> programs;
+    std::vector<int64_t> first_value{0};
+    std::vector<int64_t> items{0};  // running count of work items per plane
+    bool bypass = false;            // whether the destination is too large to wait in a cache
+    int64_t parts = 1;              // row parts of a tile, where there are too few tiles for the threads
+
+    TileLimits limits() const { return generated_limits(q); }
+
+    void split_work() {
+        int64_t tiles = 0;
+        for (const Tiling& t : tilings) tiles += t.tiles();
+        const int64_t rows = g.groups * g.rows_per_group;
+        if (tiles > 0 && q.threads > 1 && tiles < 4 * q.threads)
+            parts =
+                std::clamp<int64_t>((4 * q.threads + tiles - 1) / tiles, 1, std::max<int64_t>(rows / kGatherRows, 1));
+        for (const Tiling& t : tilings) items.push_back(items.back() + t.tiles() * parts);
+    }
+
+    void compute(int64_t item, const float* values, Scratch& panel_scratch, Scratch& stage_scratch) {
+        static constexpr float kNoBias[kGatherRows] = {};
+        const int64_t plane = std::upper_bound(items.begin(), items.end(), item) - items.begin() - 1;
+        const Plane& p = q.planes[plane];
+        const Tiling& t = tilings[plane];
+        const GatherProgram& program = *programs[plane];
+        const int64_t part = (item - items[plane]) % parts;
+        const Tile tile(t, g, p, (item - items[plane]) / parts);
+        const int64_t rows = g.groups * g.rows_per_group;
+        const int64_t unit = q.dest.n == 1 ? 1 : kBandRows, units = (rows + unit - 1) / unit;
+        const int64_t first = units * part / parts * unit, last = std::min(units * (part + 1) / parts * unit, rows);
+        const Run run(t, tile);
+        const View& d = q.dest;
+
+        // A chunk's rows are staged and then written one after another: 28 interleaved streams of stores to as
+        // many pages take twice the time. Sums of a reduction in blocks wait there for the next block.
+        const int64_t stage_rows = t.blocks > 1 ? rows : kBandRows;
+        const int64_t stage_row = d.n == 1 ? (tile.rows * run.vectors + 1) * kLanes : kLanes;
+        const int64_t stage_vector = d.n == 1 ? kLanes : stage_rows * kLanes;
+        float* panel = panel_scratch.floats(size_t(t.panel_floats() + run.vectors * kLanes));
+        float* stage = stage_scratch.floats(size_t(stage_rows * (tile.rows * run.vectors + 1) * kLanes));
+        int64_t index = 0;
+
+        for_each_panel(t, g, 0, rows, [&](int64_t, int64_t, int64_t, int64_t channel, int64_t count) {
+            pack(t, tile, g, q.source, channel, count, panel);
+            const int64_t end = program.panel[size_t(index) + 1];
+            for (int64_t i = program.panel[size_t(index)]; i < end; ++i) {
+                const GatherChunk& chunk = program.chunks[size_t(i)];
+                if (chunk.row < first || chunk.row >= last) continue;
+                const int64_t slot = t.blocks > 1 ? chunk.row : d.n == 1 ? 0 : chunk.row % kBandRows;
+                float* to = stage + slot * stage_row;
+                const auto code = program.code->entry<GatherCode>(chunk.entry);
+                const float* bias = q.bias ? q.bias + chunk.row : kNoBias;
+                for (int64_t r = 0; r < tile.rows; ++r)
+                    code(panel + r * t.row_stride, values + first_value[plane] + chunk.value,
+                         to + r * run.vectors * kLanes, run.vectors, run.step * 4, stage_vector * 4, stage_row * 4,
+                         bias);
+                if (!chunk.ends) continue;
+                const int64_t stop = chunk.row + chunk.rows, band = (stop - 1) / kBandRows * kBandRows;
+                if (d.n == 1)
+                    scatter_rows(p, t, tile, run, chunk.row, stop, to, stage_row);
+                else if (stop % kBandRows == 0 || stop == rows)
+                    scatter_band(tile, run, band, stop, stage + (t.blocks > 1 ? band : 0) * stage_row, stage_vector);
+            }
+            ++index;
+        });
+    }
+
+    void scatter_rows(const Plane& p, const Tiling& t, const Tile& tile, const Run& run, int64_t row, int64_t end,
+                      const float* from, int64_t row_step) const {
+        const View& d = q.dest;
+        const int64_t column = d.x * g.dest_step_x;
+        const bool follow = tile.cols == 1 || (column == t.lanes && tile.lanes == t.lanes);
+        const int64_t pieces = follow ? 1 : tile.cols, length = follow ? run.floats : tile.lanes;
+        for (; row < end; ++row, from += row_step)
+            for (int64_t r = 0; r < tile.rows; ++r)
+                for (int64_t c = 0; c < pieces; ++c)
+                    write(d.data + row * d.c + (p.dest_y + (tile.y + r) * g.dest_step_y) * d.y + p.dest_x * d.x +
+                              (tile.x + c) * column + tile.n,
+                          from + r * run.vectors * kLanes + c * t.lanes, length);
+    }
+
+    // Large results bypass the caches, which saves reading the lines that they replace.
+    void write(float* to, const float* from, int64_t count) const {
+        if (!bypass || reinterpret_cast<uintptr_t>(to) % 64 != 0) {
+            std::memcpy(to, from, size_t(count) * sizeof(float));
+            return;
+        }
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes) _mm512_stream_ps(to + i, __m512(load(from + i)));
+        std::memcpy(to + i, from + i, size_t(count - i) * sizeof(float));
+    }
+
+    void scatter_band(const Tile& tile, const Run& run, int64_t row, int64_t end, const float* from,
+                      int64_t step) const {
+        const View& d = q.dest;
+        for (int64_t v = 0; v < run.vectors; ++v, from += step)
+            for (int64_t r = row; r < end; r += 16)
+                transpose16(from + (r - row) * kLanes, kLanes, std::min<int64_t>(16, end - r),
+                            d.data + r + (tile.n + v * kLanes) * d.n, d.n,
+                            std::min<int64_t>(kLanes, tile.lanes - v * kLanes), false);
+    }
+};
+
+}  // namespace
+
+const char* generated_gather_product(const Product& product) {
+    if (!worth_generating(product)) return gather_product(product);
+    GeneratedGather gather(product);
+    const char* problem = nullptr;
+    if (gather.prepare(&problem))
+        gather.run();
+    else if (problem == nullptr)
+        return gather_product(product);
+    return problem;
+}
+
+}  // namespace SPARSE_FT_ISA
+}  // namespace sparse_ft

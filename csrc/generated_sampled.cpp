@@ -1,0 +1,344 @@
+// Sampled product by generated code: the weight gradient, 28 nonzeros at a time in registers.
+//
+// The rows of G are taken in blocks whose lanes stay in the first-level cache. A block's nonzeros, ordered by where
+// they read the source, are cut into groups of 28 accumulators: a source vector is loaded once for all nonzeros of
+// its column in the block, and a nonzero is one fused multiply-add with its row of G as memory operand. A group
+// runs over a few vectors of lanes; then one shared routine sums the 28 accumulators across their lanes.
+#include <atomic>
+#include <omp.h>
+
+#include "assembler.h"
+#include "executable.h"
+#include "generated.h"
+#include "programs.h"
+
+namespace sparse_ft {
+namespace SPARSE_FT_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 128;
+constexpr int64_t kBlockVectors = 4;  // of lanes: with 128 rows 32 KB of G
+constexpr int64_t kGroup = 28;        // accumulators; the other four registers hold source vectors
+constexpr int64_t kGroupSlots = 32;   // floats that a group's sums take: two vectors
+
+using SampledCode = void (*)(const float* x, const float* grad, float* sums, int64_t vectors, int64_t x_step,
+                             int64_t grad_step, int64_t mask);
+
+struct SampledBlock {  // some rows of one panel
+    int64_t row, rows, entry, slot;
+};
+
+struct SampledProgram : Program {
+    std::unique_ptr<Executable> code;
+    std::vector<SampledBlock> blocks;
+    std::vector<int64_t> panel{0};  // blocks of panel i: panel[i] up to panel[i + 1]
+    std::vector<int32_t> slot;      // where every nonzero's sum ends up
+    int64_t slots = 0;
+};
+
+class SampledCompiler {
+  public:
+    SampledCompiler(const Product& product, const Tiling& tiling)
+        : q(product), t(tiling), p(product.planes[0]), g(product.geometry) {}
+
+    // Null if the pattern is malformed (`problem` says how) or the system allows no generated code.
+    std::shared_ptr<const SampledProgram> compile(const char** problem) {
+        const int64_t rows = g.groups * g.rows_per_group;
+        offsets.resize(size_t(q.nnz));
+        segment.resize(size_t(rows * (t.blocks + 1)));
+        const OffsetTable table(t, g);
+        for (int64_t row = 0; row < rows; ++row)
+            if ((*problem = table.prepare(t, g, p.row_ptr, row, q.nnz, q.col, offsets.data(),
+                                          segment.data() + row * (t.blocks + 1))))
+                return nullptr;
+        emit_sums();
+        program->slot.resize(size_t(q.nnz));
+        for_each_panel(t, g, 0, rows, [&](int64_t row0, int64_t row1, int64_t block, int64_t, int64_t) {
+            for (int64_t row = row0; row < row1;) {
+                const int64_t group_end = (row / g.rows_per_group + 1) * g.rows_per_group;
+                const int64_t end = std::min({row + kBlockRows, row1, group_end});
+                add_block(row, end, block);
+                row = end;
+            }
+            program->panel.push_back(int64_t(program->blocks.size()));
+        });
+        program->code.reset(new Executable(assembler.data(), size_t(assembler.size())));
+        return program->code->valid() ? program : nullptr;
+    }
+
+  private:
+    struct Entry {
+        int32_t offset, row, index;
+    };
+    const Product& q;
+    const Tiling& t;
+    const Plane& p;
+    const Geometry& g;
+    Assembler assembler;
+    std::shared_ptr<SampledProgram> program = std::make_shared<SampledProgram>();
+    std::vector<int32_t> offsets, segment, place;
+    std::vector<Entry> entries;
+    int64_t sums_entry = 0;
+    int lane[kGroup];  // of its vector of sums, for every accumulator
+
+    // sums += (sum of z0's lanes, of z1's, ...) in the order of `lane`; then the next group's place, zeroed
+    // accumulators and rewound pointers.
+    void emit_sums() {
+        Assembler& a = assembler;
+        a.reserve(400);
+        sums_entry = a.size();
+        for (int half = 0; half < 2; ++half) {
+            std::vector<int> live;
+            for (int z = 16 * half; z < std::min<int>(kGroup, 16 * half + 16); ++z) live.push_back(z);
+            const int total = emit_tree(live, 28 + half);
+            a.add(total, total, rdx, 64 * half);
+            a.store(total, rdx, 64 * half);
+            for (int i = 0; i < int(live.size()); ++i) lane[16 * half + i] = lane_of(i);
+        }
+        for (int z = 0; z < kGroup; ++z) a.zero(z);
+        a.add(rdx, int32_t(kGroupSlots * 4));
+        a.move(rdi, r10);
+        a.move(rsi, r11);
+        a.move(rcx, rax);
+        a.ret();
+    }
+    // Pairs are added while their partial sums are interleaved: within quarters twice, then across them.
+    int emit_tree(std::vector<int> live, int spare) {
+        Assembler& a = assembler;
+        for (int level = 0; level < 4; ++level) {
+            std::vector<int> next;
+            for (size_t i = 0; i < live.size(); i += 2) {
+                const int u = live[i], v = i + 1 < live.size() ? live[i + 1] : u;
+                if (level == 0) {
+                    a.unpack_low(spare, u, v);
+                    a.unpack_high(u, u, v);
+                } else if (level == 1) {
+                    a.unpack_low_pairs(spare, u, v);
+                    a.unpack_high_pairs(u, u, v);
+                } else {
+                    a.shuffle_quarters(spare, u, v, 0x88);
+                    a.shuffle_quarters(u, u, v, 0xDD);
+                }
+                a.add(u, u, spare);
+                next.push_back(u);
+            }
+            live = next;
+        }
+        return live[0];
+    }
+    // Leaf i = 8d + 4c + 2b + a of the tree ends in quarter 2d + c, at float 2b' + a' of it: unpacking floats puts
+    // the pair's first operand at even places, unpacking pairs puts it into the lower half.
+    static int lane_of(int i) {
+        const int a = i & 1, b = i >> 1 & 1, c = i >> 2 & 1, d = i >> 3;
+        return 4 * (2 * d + c) + 2 * b + a;
+    }
+
+    void add_block(int64_t row, int64_t end, int64_t block) {
+        sort_entries(row, end, block);
+        if (entries.empty()) return;
+        Assembler& a = assembler;
+        a.reserve(2 * entries.size() + (entries.size() / kGroup + 1) * 8 + 60);
+        program->blocks.push_back({row, end - row, a.size(), program->slots});
+        a.load_argument(rax, 8);
+        a.mask1_from_eax();
+        a.move(r10, rdi);
+        a.move(r11, rsi);
+        a.move(rax, rcx);
+        for (int z = 0; z < kGroup; ++z) a.zero(z);
+        for (size_t begin = 0; begin < entries.size(); begin += kGroup) {
+            const size_t stop = std::min(begin + size_t(kGroup), entries.size());
+            const int64_t top = a.size();
+            int source = 31;
+            for (size_t i = begin; i < stop; ++i) {
+                const Entry& entry = entries[i];
+                if (i == begin || entry.offset != entries[i - 1].offset) {
+                    source = source == 31 ? 28 : source + 1;
+                    a.load(source, rdi, entry.offset * 4);
+                }
+                const int z = int(i - begin);
+                a.fma_masked(z, source, rsi, int32_t((entry.row - row) * kLanes * 4));
+                program->slot[size_t(entry.index)] = int32_t(program->slots + z / 16 * 16 + lane[z]);
+            }
+            a.add(rdi, r8);
+            a.add(rsi, r9);
+            a.repeat_from(top, rcx);
+            a.call(sums_entry);
+            program->slots += kGroupSlots;
+        }
+        a.end_vectors();
+        a.ret();
+    }
+
+    // The rows' nonzeros in a block by source position, rows ascending: a counting sort by column.
+    void sort_entries(int64_t row, int64_t end, int64_t block) {
+        const int64_t taps = g.taps_h * g.taps_w, base = t.blocks > 1 ? block * t.block_channels * taps : 0;
+        place.assign(size_t(t.block_channels * taps) + 1, 0);
+        auto each = [&](auto body) {
+            for (int64_t r = row; r < end; ++r) {
+                const int32_t* bounds = segment.data() + r * (t.blocks + 1) + block;
+                for (int32_t j = bounds[0]; j < bounds[1]; ++j) body(r, j);
+            }
+        };
+        each([&](int64_t, int32_t j) { ++place[size_t(q.col[j] - base) + 1]; });
+        for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
+        entries.resize(size_t(place.back()));
+        each([&](int64_t r, int32_t j) {
+            entries[size_t(place[size_t(q.col[j] - base)]++)] = {offsets[j], int32_t(r), j};
+        });
+    }
+};
+
+class GeneratedSampled {
+  public:
+    explicit GeneratedSampled(const Product& product)
+        : q(product), g(product.geometry), p(product.planes[0]), t(g, p, generated_limits(product)) {}
+
+    // False if there is no program, for the reason in `problem` if that is not null.
+    bool prepare(const char** problem) {
+        if ((*problem = check_ends(p.row_ptr[0], p.row_ptr[g.groups * g.rows_per_group], q.nnz))) return false;
+        Programs::Key key = t.key(g);
+        key.insert(key.begin(), 2);
+        program =
+            q.programs->find_or_make<SampledProgram>(key, [&] { return SampledCompiler(q, t).compile(problem); });
+        return program != nullptr;
+    }
+
+    void run() {
+        // Every thread sums its own tiles; where there are too few tiles, threads share one and split its rows.
+        const int64_t limit = std::max<int64_t>(1, kPartialBytes / 4 / program->slots);
+        tile_parts = std::clamp<int64_t>(std::min<int64_t>(t.tiles(), limit), 1, q.threads);
+        row_parts = q.threads / tile_parts;
+        thread_local Scratch shared_sums;
+        sums = shared_sums.floats(size_t(tile_parts * program->slots));
+#pragma omp parallel num_threads(q.threads)
+        {
+            thread_local Scratch panel_scratch, stage_scratch;
+#pragma omp for schedule(static)
+            for (int64_t part = 0; part < tile_parts * row_parts; ++part)
+                sum_tiles(part / row_parts, part % row_parts, panel_scratch, stage_scratch);
+#pragma omp for schedule(static)
+            for (int64_t j = 0; j < q.nnz; ++j) {
+                float total = 0;
+                for (int64_t i = 0; i < tile_parts; ++i) total += sums[i * program->slots + program->slot[size_t(j)]];
+                q.value_grad[j] = total;
+            }
+        }
+    }
+
+  private:
+    const Product& q;
+    const Geometry& g;
+    const Plane& p;
+    const Tiling t;
+    std::shared_ptr<const SampledProgram> program;
+    int64_t tile_parts = 1, row_parts = 1;
+    float* sums = nullptr;
+    static constexpr int64_t kPartialBytes = 256 << 20;
+
+    // Blocks of `panel` that row part `i` of row_parts begins with: cut by nonzeros.
+    int64_t cut(int64_t panel, int64_t i) const {
+        const int64_t begin = program->panel[size_t(panel)], end = program->panel[size_t(panel) + 1];
+        if (i == row_parts || begin == end) return i == 0 ? begin : end;
+        const int64_t from = program->blocks[size_t(begin)].slot;
+        const int64_t to = end < int64_t(program->blocks.size()) ? program->blocks[size_t(end)].slot : program->slots;
+        int64_t block = begin;
+        while (block < end && program->blocks[size_t(block)].slot < from + (to - from) * i / row_parts) ++block;
+        return block;
+    }
+
+    void sum_tiles(int64_t tile_part, int64_t row_part, Scratch& panel_scratch, Scratch& stage_scratch) {
+        float* to = sums + tile_part * program->slots;
+        for (int64_t panel = 0; panel + 1 < int64_t(program->panel.size()); ++panel) {
+            const int64_t begin = cut(panel, row_part), end = cut(panel, row_part + 1);
+            if (begin == end) continue;
+            const int64_t first = program->blocks[size_t(begin)].slot;
+            const int64_t last =
+                end < int64_t(program->blocks.size()) ? program->blocks[size_t(end)].slot : program->slots;
+            std::memset(to + first, 0, size_t(last - first) * sizeof(float));
+        }
+        const int64_t tiles = t.tiles();
+        for (int64_t i = tiles * tile_part / tile_parts; i < tiles * (tile_part + 1) / tile_parts; ++i)
+            sum_tile(Tile(t, g, p, i), row_part, to, panel_scratch, stage_scratch);
+    }
+
+    void sum_tile(const Tile& tile, int64_t row_part, float* to, Scratch& panel_scratch, Scratch& stage_scratch) {
+        const Run run(t, tile);
+        float* panel = panel_scratch.floats(size_t(t.panel_floats() + run.vectors * kLanes));
+        float* stage = stage_scratch.floats(size_t(kBlockRows * run.vectors * kLanes));
+        int64_t index = 0;
+        for_each_panel(
+            t, g, 0, g.groups * g.rows_per_group, [&](int64_t, int64_t, int64_t, int64_t channel, int64_t count) {
+                const int64_t begin = cut(index, row_part), end = cut(index, row_part + 1);
+                ++index;
+                if (begin == end) return;
+                pack(t, tile, g, q.source, channel, count, panel);
+                for (int64_t i = begin; i < end; ++i)
+                    for (int64_t r = 0; r < tile.rows; ++r)
+                        sum_row(program->blocks[size_t(i)], tile, run, r, panel + r * t.row_stride, stage, to);
+            });
+    }
+
+    // One block of rows over one tile row, in stretches of lanes for which its part of G fits the first-level cache.
+    void sum_row(const SampledBlock& block, const Tile& tile, const Run& run, int64_t r, const float* x, float* stage,
+                 float* to) {
+        const auto code = program->code->entry<SampledCode>(block.entry);
+        const int64_t vector = block.rows * kLanes, whole = run.floats / kLanes, tail = run.floats % kLanes;
+        stage_grad(block, tile, run, r, stage);
+        auto sum_vectors = [&](int64_t first, int64_t count, int64_t mask) {
+            code(x + first * run.step, stage + first * vector, to + block.slot, count, run.step * 4, vector * 4, mask);
+        };
+        const int64_t stretches = (whole + kBlockVectors - 1) / kBlockVectors;
+        for (int64_t i = 0; i < stretches; ++i) {
+            const int64_t first = whole * i / stretches;
+            sum_vectors(first, whole * (i + 1) / stretches - first, 0xFFFF);
+        }
+        // Beyond the run's end the panel holds other positions, whose NaN or Inf must not leak in.
+        if (tail) sum_vectors(whole, 1, (1 << tail) - 1);
+    }
+
+    // The block's rows of G over one tile row, as [vector][row][lane].
+    void stage_grad(const SampledBlock& block, const Tile& tile, const Run& run, int64_t r, float* stage) const {
+        const View& d = q.grad;
+        const float* from = d.data + block.row * d.c + (tile.y + r) * d.y + tile.x * d.x + tile.n * d.n;
+        const int64_t vector = block.rows * kLanes;
+        if (d.n != 1) {
+            for (int64_t v = 0; v < run.vectors; ++v)
+                for (int64_t i = 0; i < block.rows; i += 16) {
+                    const float* corner = from + i + v * kLanes * d.n;
+                    const int64_t samples = std::min<int64_t>(kLanes, tile.lanes - v * kLanes);
+                    for (int64_t n = 0; n < samples; ++n)  // the next block's, while this one is computed
+                        __builtin_prefetch(corner + block.rows + n * d.n, 0, 2);
+                    transpose16(corner, d.n, samples, stage + v * vector + i * kLanes, kLanes,
+                                std::min<int64_t>(16, block.rows - i), true);
+                }
+            return;
+        }
+        const bool follow = tile.cols == 1 || (d.x == t.lanes && tile.lanes == t.lanes);
+        for (int64_t i = 0; i < block.rows; ++i, from += d.c, stage += kLanes) {
+            const int64_t whole = follow ? run.floats / kLanes : 0;
+            for (int64_t v = 0; v < whole; ++v) store(stage + v * vector, load(from + v * kLanes));
+            // Lane by lane: position and sample, missing samples as zeros.
+            for (int64_t lane = whole * kLanes; lane < run.vectors * kLanes; ++lane) {
+                const int64_t column = lane / t.lanes, sample = lane % t.lanes;
+                const bool there = lane < run.floats && sample < tile.lanes;
+                stage[lane / kLanes * vector + lane % kLanes] = there ? from[column * d.x + sample] : 0.0f;
+            }
+        }
+    }
+};
+
+}  // namespace
+
+const char* generated_sampled_product(const Product& product) {
+    if (!worth_generating(product)) return sampled_product(product);
+    GeneratedSampled sampled(product);
+    const char* problem = nullptr;
+    if (sampled.prepare(&problem))
+        sampled.run();
+    else if (problem == nullptr)
+        return sampled_product(product);
+    return problem;
+}
+
+}  // namespace SPARSE_FT_ISA
+}  // namespace sparse_ft

@@ -1,0 +1,146 @@
+"""Generated kernels: shapes large enough for several tiles, chunks of code, blocks of rows and of channels."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_ft import ops
+from sparse_ft.ops import native
+
+pytestmark = pytest.mark.skipif(
+    "avx512-jit" not in ops.available_isas(), reason="this processor or system runs no generated code"
+)
+
+
+@pytest.fixture(autouse=True)
+def generated():
+    isa, threads = ops.active_isa(), torch.get_num_threads()
+    ops.activate_isa("avx512-jit")
+    yield
+    ops.activate_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def _sparse(shape: tuple[int, ...], density: float) -> torch.Tensor:
+    return torch.randn(shape) * (torch.rand(shape) < density)
+
+
+def _close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * max(1.0, float(want.abs().max())))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("tokens", "features", "outputs", "density"),
+    [
+        (64, 40, 50, 0.3),
+        (130, 768, 300, 0.1),  # a short last tile
+        (1000, 30, 1100, 0.05),  # rows in several bands
+        (200, 4000, 90, 0.1),  # a reduction in blocks of channels
+        (96, 2500, 150, 0.9),  # several chunks of code for the same rows
+        (333, 128, 129, 0.02),  # empty rows
+    ],
+)
+def test_linear(tokens, features, outputs, density, threads):
+    torch.manual_seed(tokens)
+    torch.set_num_threads(threads)
+    weight, bias = _sparse((outputs, features), density), torch.randn(outputs)
+    x, grad = torch.randn(tokens, features), torch.randn(tokens, outputs)
+    pattern, values = ops.SparsePattern.build(weight)
+    for use_bias in (bias, None):
+        got = native.linear(x, values, use_bias, pattern.tensors, features, outputs, torch.empty(tokens, outputs))
+        _close(got, F.linear(x.double(), weight.double(), None if use_bias is None else bias.double()))
+    got = native.linear_input_grad(grad, values, pattern.tensors, features, outputs, torch.empty(tokens, features))
+    _close(got, grad.double() @ weight.double())
+    got = native.linear_weight_grad(grad, x, pattern.tensors, features, outputs, torch.empty_like(values))
+    _close(got, pattern.from_dense(grad.double().T @ x.double()))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "channels", "outputs", "size", "kernel", "stride", "padding", "dilation", "groups", "density"),
+    [
+        (16, 40, 60, (12, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.2),
+        (32, 32, 32, (17, 17), (3, 3), (2, 2), (1, 1), (1, 1), 1, 0.2),
+        (32, 64, 96, (20, 20), (1, 1), (1, 1), (0, 0), (1, 1), 1, 0.1),
+        (20, 24, 24, (11, 13), (3, 5), (1, 2), (0, 2), (2, 1), 1, 0.3),  # a batch that fills no whole vectors
+        (5, 32, 48, (9, 10), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.2),
+        (1, 64, 64, (30, 31), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.1),
+        (300, 16, 16, (5, 4), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.3),  # more samples than a tile holds
+        (16, 600, 40, (7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.05),  # blocks of channels
+        (16, 64, 96, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 4, 0.3),
+        (16, 80, 64, (9, 9), (1, 1), (3, 3), (0, 0), (1, 1), 2, 0.2),  # phases of the stride without taps
+        (64, 256, 20, (24, 24), (1, 1), (1, 1), (0, 0), (1, 1), 1, 0.05),  # results that bypass the caches
+    ],
+)
+def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilation, groups, density, threads):
+    torch.manual_seed(batch + channels)
+    torch.set_num_threads(threads)
+    weight, bias = _sparse((outputs, channels // groups, *kernel), density), torch.randn(outputs)
+    x = torch.randn(batch, channels, *size, dtype=torch.float64, requires_grad=True)
+    dense = weight.double().requires_grad_()
+    want = F.conv2d(x, dense, bias.double(), stride, padding, dilation, groups)
+    grad = torch.randn(want.shape)
+    want.backward(grad.double())
+    geometry = (tuple(weight.shape), stride, padding, dilation, groups)
+    pattern, values = ops.SparsePattern.build(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    source = native.to_layout(x.detach().float(), native.BATCH_LAST)
+    sink = native.to_layout(grad, native.BATCH_LAST)
+    got = native.conv2d(source, values, bias, pattern.tensors, *geometry, torch.empty_like(sink))
+    _close(got, want.detach())
+    got = native.conv2d_input_grad(sink, values, pattern.tensors, *geometry, torch.empty_like(source))
+    _close(got, x.grad)
+    got = native.conv2d_weight_grad(sink, source, pattern.tensors, *geometry, torch.empty_like(values))
+    _close(got, pattern.from_dense(dense.grad))
+
+
+def test_the_result_depends_on_the_thread_count_alone():
+    torch.manual_seed(0)
+    torch.set_num_threads(3)
+    weight, x, grad = _sparse((200, 300), 0.1), torch.randn(700, 300), torch.randn(700, 200)
+    pattern, values = ops.SparsePattern.build(weight)
+    first, again = (
+        native.linear_weight_grad(grad, x, pattern.tensors, 300, 200, torch.empty_like(values)) for _ in range(2)
+    )
+    assert torch.equal(first, again)
+
+
+def _product(pattern, values, x):
+    return native.linear(x, values, None, pattern.tensors, 64, 32, torch.empty(len(x), 32))
+
+
+def test_code_is_kept_where_the_same_numbers_are_written():
+    pattern, values = ops.SparsePattern.build(_sparse((32, 64), 0.2))
+    before = native.programs(pattern.tensors)
+    pattern.col.copy_(pattern.col.clone())  # as a broadcast of buffers does
+    assert native.programs(pattern.tensors) is before
+
+
+def test_code_follows_a_pattern_that_is_changed_in_place():
+    torch.manual_seed(1)
+    x = torch.randn(64, 64)
+    pattern, values = ops.SparsePattern.build(torch.eye(32, 64))
+    _close(_product(pattern, values, x), x[:, :32].double())
+    pattern.col += 32
+    _close(_product(pattern, values, x), x[:, 32:].double())
+
+
+def test_code_dies_with_its_pattern():
+    pattern, values = ops.SparsePattern.build(_sparse((32, 64), 0.2))
+    _product(pattern, values, torch.randn(128, 64))
+    programs = weakref.ref(native.programs(pattern.tensors))
+    assert programs() is not None
+    del pattern
+    gc.collect()
+    assert programs() is None
+
+
+def test_a_malformed_pattern_is_refused_each_time():
+    pattern, values = ops.SparsePattern.build(_sparse((32, 64), 0.2))
+    pattern.col[5] = 1000
+    for _ in range(2):
+        with pytest.raises(ValueError, match="column indices"):
+            _product(pattern, values, torch.randn(128, 64))
