@@ -58,16 +58,23 @@ struct Product {
     int threads;
 };
 
-struct Norm {  // batch normalisation over a batch-last activation: channel c is `size` contiguous floats
+enum class Activation { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kGelu, kGeluTanh };
+
+// Batch normalisation over a batch-last activation, where channel c is `size` contiguous floats, with what follows
+// it: y = activation((x - mean) * rstd * weight + bias + residual). Activations are `channels` * `size` floats.
+struct Norm {
     int64_t channels, size;
-    const float *x, *weight, *bias;  // weight, bias may be null
-    float *mean, *rstd;              // per channel; written in training, read otherwise
-    float* variance;                 // biased, written in training, may be null
-    float* y;
-    const float* grad;
-    float *grad_x, *grad_weight, *grad_bias;  // each may be null
-    float eps;
-    bool training;
+    Activation activation;
+    const float *x, *residual;       // residual may be null
+    const float *weight, *bias;      // per channel; may be null
+    float *mean, *variance, *rstd;   // per channel
+    bool measure;                    // forward: mean and variance are x's, written here; otherwise given
+    float eps;                       // forward writes rstd from it and the variance
+    float* y;                        // null: statistics only
+    bool training;                   // backward: mean and variance depend on x
+    const float *grad, *output;      // backward: output (y) tells the slope where it can; may be null
+    float *grad_x, *grad_residual;   // may be null
+    float *grad_weight, *grad_bias;  // may be null
     int threads;
 };
 

@@ -166,6 +166,11 @@ PatternShape pattern_shape(const Convolution& c) {
             c.stride[1], c.padding[0], c.padding[1], c.dilation[0], c.dilation[1]};
 }
 
+Activation activation_of(int code) {
+    require(code >= 0 && code <= int(Activation::kGeluTanh), "no such activation");
+    return Activation(code);
+}
+
 std::vector<std::string> available() {
     std::vector<std::string> names;
     for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
@@ -224,37 +229,46 @@ PYBIND11_MODULE(_native, m) {
         raise(problem);
     });
 
-    m.def("norm_forward", [](Address x, int64_t channels, int64_t size, Address weight, Address bias, float eps,
-                             bool training, Address mean, Address rstd, Address variance, Address y, int threads) {
-        Norm q{};
-        q.x = at<const float>(x);
-        q.channels = channels;
-        q.size = size;
-        q.weight = at<const float>(weight);
-        q.bias = at<const float>(bias);
-        q.eps = eps;
-        q.training = training;
-        q.mean = at<float>(mean);
-        q.rstd = at<float>(rstd);
-        q.variance = at<float>(variance);
-        q.y = at<float>(y);
-        q.threads = threads;
-        py::gil_scoped_release release;
-        active_kernels().norm_forward(q);
-    });
-    m.def("norm_backward",
-          [](Address grad, Address x, int64_t channels, int64_t size, Address weight, Address mean, Address rstd,
-             bool training, Address grad_x, Address grad_weight, Address grad_bias, int threads) {
+    m.def("norm_forward",
+          [](Address x, Address residual, int64_t channels, int64_t size, int activation, Address weight, Address bias,
+             float eps, bool measure, Address mean, Address variance, Address rstd, Address y, int threads) {
               Norm q{};
-              q.grad = at<const float>(grad);
+              q.activation = activation_of(activation);
               q.x = at<const float>(x);
+              q.residual = at<const float>(residual);
               q.channels = channels;
               q.size = size;
               q.weight = at<const float>(weight);
+              q.bias = at<const float>(bias);
+              q.eps = eps;
+              q.measure = measure;
+              q.mean = at<float>(mean);
+              q.variance = at<float>(variance);
+              q.rstd = at<float>(rstd);
+              q.y = at<float>(y);
+              q.threads = threads;
+              py::gil_scoped_release release;
+              active_kernels().norm_forward(q);
+          });
+    m.def("norm_backward",
+          [](Address grad, Address x, Address residual, Address output, int64_t channels, int64_t size, int activation,
+             Address weight, Address bias, Address mean, Address rstd, bool training, Address grad_x,
+             Address grad_residual, Address grad_weight, Address grad_bias, int threads) {
+              Norm q{};
+              q.activation = activation_of(activation);
+              q.grad = at<const float>(grad);
+              q.x = at<const float>(x);
+              q.residual = at<const float>(residual);
+              q.output = at<const float>(output);
+              q.channels = channels;
+              q.size = size;
+              q.weight = at<const float>(weight);
+              q.bias = at<const float>(bias);
               q.mean = at<float>(mean);
               q.rstd = at<float>(rstd);
               q.training = training;
               q.grad_x = at<float>(grad_x);
+              q.grad_residual = at<float>(grad_residual);
               q.grad_weight = at<float>(grad_weight);
               q.grad_bias = at<float>(grad_bias);
               q.threads = threads;

@@ -1,10 +1,14 @@
-// Batch normalisation in batch-last layout, where a channel is one contiguous block:
-//     y = (x - mean) * rstd * weight + bias
+// Batch normalisation in batch-last layout, where a channel is one contiguous block, with what follows it:
+//     v = (x - mean) * rstd * weight + bias + residual;  y = activation(v)
+//     g = grad * activation'(v);  d residual = g
 //     dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat))   in training
-// A channel's second pass finds it in cache, so each direction reads memory about once.
+// A channel's second pass finds it in cache, so each direction reads memory about once. Backward computes v anew
+// from x (with a residual: takes the activation's slope from y, or v from x and the residual).
 #include <cmath>
 #include <omp.h>
+#include <type_traits>
 
+#include "activation.h"
 #include "api.h"
 #include "simd.h"
 
@@ -14,7 +18,15 @@ namespace {
 
 constexpr int64_t kChunk = 2048;  // floats summed in single precision before they join a double
 
-// Calls term(i, value vectors...) is inlined per use; here: sums of (a, b) over a channel in double.
+// step(i, count) for each vector of a channel; count is a constant but for the last.
+template <class Step>
+inline void each_vector(int64_t size, Step step) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) step(i, kLanes);
+    if (i < size) step(i, int(size - i));
+}
+
+// Sums over a channel, in double, of the two vectors that terms(i, count, &a, &b) adds to.
 template <class Terms>
 void two_sums(int64_t size, Terms terms, double* a, double* b) {
     double total_a = 0, total_b = 0;
@@ -23,9 +35,9 @@ void two_sums(int64_t size, Terms terms, double* a, double* b) {
         vec sum_a[4] = {}, sum_b[4] = {};
         int64_t i = start;
         for (; i + 4 * kLanes <= end; i += 4 * kLanes)
-            for (int k = 0; k < 4; ++k) terms(i + k * kLanes, sum_a[k], sum_b[k]);
-        for (; i + kLanes <= end; i += kLanes) terms(i, sum_a[0], sum_b[0]);
-        if (i < end) terms(i, sum_a[1], sum_b[1], int(end - i));
+            for (int k = 0; k < 4; ++k) terms(i + k * kLanes, kLanes, sum_a[k], sum_b[k]);
+        for (; i + kLanes <= end; i += kLanes) terms(i, kLanes, sum_a[0], sum_b[0]);
+        if (i < end) terms(i, int(end - i), sum_a[1], sum_b[1]);
         total_a += sum((sum_a[0] + sum_a[1]) + (sum_a[2] + sum_a[3]));
         total_b += sum((sum_b[0] + sum_b[1]) + (sum_b[2] + sum_b[3]));
     }
@@ -33,99 +45,148 @@ void two_sums(int64_t size, Terms terms, double* a, double* b) {
     *b = total_b;
 }
 
-inline vec load_some(const float* p, int count) {
-    vec v = {};
-    std::memcpy(&v, p, size_t(count) * sizeof(float));
-    return v;
+void channel_statistics(const Norm& q, int64_t c) {
+    const float* x = q.x + c * q.size;
+    // Sums of x - shift and its square: a shift near the mean keeps their difference exact.
+    const auto moments = [x](vec shift) {
+        return [x, shift](int64_t i, int count, vec& a, vec& b) {
+            const vec d = keep_lanes(load(x + i, count) - shift, count);
+            a += d;
+            b += d * d;
+        };
+    };
+    // Near the mean is the mean of a beginning. One element would not do: it may be an outlier.
+    const int64_t beginning = q.size < kChunk ? q.size : kChunk;
+    double a, b;
+    two_sums(beginning, moments(vec{}), &a, &b);
+    const float shift = float(a / double(beginning));
+    two_sums(q.size, moments(splat(shift)), &a, &b);
+    const double mean = a / double(q.size), variance = b / double(q.size) - mean * mean;
+    q.mean[c] = float(mean + shift);
+    q.variance[c] = float(variance > 0 ? variance : (variance <= 0 ? 0.0 : variance));  // NaN stays NaN
 }
 
-struct Moments {  // sums of x - shift and (x - shift)^2; a shift near the mean keeps their difference exact
-    const float* x;
-    vec shift;
-    void operator()(int64_t i, vec& a, vec& b) const {
-        const vec d = load(x + i) - shift;
-        a += d;
-        b += d * d;
-    }
-    void operator()(int64_t i, vec& a, vec& b, int count) const {
-        const vec d = keep_lanes(load_some(x + i, count) - shift, lane_mask(count));
-        a += d;
-        b += d * d;
+struct Channel {  // one channel's way from x to v
+    const float *x, *residual;
+    float scale;
+    vec mean, scale_v, offset;
+    Channel(const Norm& q, int64_t c)
+        : x(q.x + c * q.size),
+          residual(q.residual ? q.residual + c * q.size : nullptr),
+          scale(q.rstd[c] * (q.weight ? q.weight[c] : 1.0f)),
+          mean(splat(q.mean[c])),
+          scale_v(splat(scale)),
+          offset(splat(q.bias ? q.bias[c] : 0.0f)) {}
+
+    template <bool kResidual>
+    vec before_activation(int64_t i, int count) const {
+        const vec v = (load(x + i, count) - mean) * scale_v + offset;
+        return kResidual ? v + load(residual + i, count) : v;
     }
 };
 
-struct GradMoments {  // sums of g and g * (x - mean)
-    const float *x, *grad;
-    vec mean;
-    void operator()(int64_t i, vec& a, vec& b) const {
-        const vec g = load(grad + i);
+template <class Act, bool kResidual>
+void apply(const Norm& q, int64_t c) {
+    const Channel channel(q, c);
+    float* y = q.y + c * q.size;
+    each_vector(q.size, [&](int64_t i, int count) {
+        store(y + i, Act::value(channel.before_activation<kResidual>(i, count)), count);
+    });
+}
+
+enum class Slope { kFromX, kFromResidual, kFromOutput };  // what tells the activation's slope beside x
+
+template <class Act, Slope kSlope>
+void channel_backward(const Norm& q, int64_t c) {
+    const Channel channel(q, c);
+    const float *x = channel.x, *grad = q.grad + c * q.size;
+    const float* output = kSlope == Slope::kFromOutput ? q.output + c * q.size : nullptr;
+    const auto before = [&](int64_t i, int count) {  // g, the gradient before the activation
+        const vec g = load(grad + i, count);
+        if constexpr (std::is_same_v<Act, Identity>) return g;
+        const vec v = kSlope == Slope::kFromOutput
+                          ? load(output + i, count)
+                          : channel.before_activation<kSlope == Slope::kFromResidual>(i, count);
+        return keep_lanes(Act::grad(g, v), count);
+    };
+    // g is wanted for the residual; where it is dear to compute twice, dx's place holds it in between.
+    float* kept = q.grad_residual ? q.grad_residual + c * q.size : nullptr;
+    float* to = q.grad_x ? q.grad_x + c * q.size : nullptr;
+    if (kept == nullptr && Act::kCostly) kept = to;
+
+    double sum_g, sum_gx;
+    const auto terms = [&](int64_t i, int count, vec g, vec& a, vec& b) {
         a += g;
-        b += g * (load(x + i) - mean);
-    }
-    void operator()(int64_t i, vec& a, vec& b, int count) const {
-        const vec g = load_some(grad + i, count);
-        a += g;
-        b += g * keep_lanes(load_some(x + i, count) - mean, lane_mask(count));
-    }
-};
+        b += g * keep_lanes(load(x + i, count) - channel.mean, count);
+    };
+    if (kept)
+        two_sums(
+            q.size,
+            [&](int64_t i, int count, vec& a, vec& b) {
+                const vec g = before(i, count);
+                store(kept + i, g, count);
+                terms(i, count, g, a, b);
+            },
+            &sum_g, &sum_gx);
+    else
+        two_sums(
+            q.size, [&](int64_t i, int count, vec& a, vec& b) { terms(i, count, before(i, count), a, b); }, &sum_g,
+            &sum_gx);
+    const float rstd = q.rstd[c], scale = channel.scale;
+    if (q.grad_weight) q.grad_weight[c] = float(sum_gx * rstd);
+    if (q.grad_bias) q.grad_bias[c] = float(sum_g);
+    if (to == nullptr) return;
+
+    // dx = scale * g - through_x * (x - mean) - through_mean
+    const vec scale_v = channel.scale_v, mean = channel.mean;
+    const vec through_mean = splat(float(scale * sum_g / double(q.size)));
+    const vec through_x = splat(float(double(scale) * rstd * rstd * sum_gx / double(q.size)));
+    const auto second_pass = [&](auto before) {
+        if (q.training)
+            each_vector(q.size, [&](int64_t i, int count) {
+                const vec d = load(x + i, count) - mean;
+                store(to + i, before(i, count) * scale_v - d * through_x - through_mean, count);
+            });
+        else  // x takes no part, whatever it is
+            each_vector(q.size, [&](int64_t i, int count) { store(to + i, before(i, count) * scale_v, count); });
+    };
+    if (kept)
+        second_pass([&](int64_t i, int count) { return load(kept + i, count); });
+    else
+        second_pass(before);
+}
+
+template <class Act>
+void backward(const Norm& q, int64_t c) {
+    if constexpr (Act::kFromOutput)
+        if (q.output) return channel_backward<Act, Slope::kFromOutput>(q, c);
+    if (q.residual) return channel_backward<Act, Slope::kFromResidual>(q, c);
+    channel_backward<Act, Slope::kFromX>(q, c);
+}
 
 }  // namespace
 
 void norm_forward(const Norm& q) {
+    with_activation(q.activation, [&](auto act) {
+        using Act = decltype(act);
 #pragma omp parallel for schedule(static) num_threads(q.threads)
-    for (int64_t c = 0; c < q.channels; ++c) {
-        const float* x = q.x + c * q.size;
-        if (q.training) {
-            // Near the mean is the mean of a beginning. One element would not do: it may be an outlier.
-            const int64_t beginning = q.size < kChunk ? q.size : kChunk;
-            double a, b;
-            two_sums(beginning, Moments{x, splat(0.0f)}, &a, &b);
-            const float shift = float(a / double(beginning));
-            two_sums(q.size, Moments{x, splat(shift)}, &a, &b);
-            const double mean = a / double(q.size), variance = b / double(q.size) - mean * mean;
-            const double kept = variance > 0 ? variance : (variance <= 0 ? 0.0 : variance);  // NaN stays NaN
-            q.mean[c] = float(mean + shift);
-            q.rstd[c] = float(1.0 / std::sqrt(kept + q.eps));
-            if (q.variance) q.variance[c] = float(kept);
+        for (int64_t c = 0; c < q.channels; ++c) {
+            if (q.measure) channel_statistics(q, c);
+            q.rstd[c] = float(1.0 / std::sqrt(double(q.variance[c]) + q.eps));
+            if (q.y == nullptr) continue;
+            if (q.residual)
+                apply<Act, true>(q, c);
+            else
+                apply<Act, false>(q, c);
         }
-        const float scale = q.rstd[c] * (q.weight ? q.weight[c] : 1.0f);
-        const float offset = (q.bias ? q.bias[c] : 0.0f);
-        const vec scale_v = splat(scale), offset_v = splat(offset), mean_v = splat(q.mean[c]);
-        float* y = q.y + c * q.size;
-        int64_t i = 0;
-        for (; i + kLanes <= q.size; i += kLanes) store(y + i, (load(x + i) - mean_v) * scale_v + offset_v);
-        for (; i < q.size; ++i) y[i] = (x[i] - q.mean[c]) * scale + offset;
-    }
+    });
 }
 
 void norm_backward(const Norm& q) {
+    with_activation(q.activation, [&](auto act) {
 #pragma omp parallel for schedule(static) num_threads(q.threads)
-    for (int64_t c = 0; c < q.channels; ++c) {
-        const float *x = q.x + c * q.size, *grad = q.grad + c * q.size;
-        const float mean = q.mean[c], rstd = q.rstd[c];
-        double sum_g = 0, sum_gx = 0;
-        if (q.training || q.grad_weight || q.grad_bias)
-            two_sums(q.size, GradMoments{x, grad, splat(mean)}, &sum_g, &sum_gx);
-        if (q.grad_weight) q.grad_weight[c] = float(sum_gx * rstd);
-        if (q.grad_bias) q.grad_bias[c] = float(sum_g);
-        if (q.grad_x == nullptr) continue;
-        const float scale = rstd * (q.weight ? q.weight[c] : 1.0f);
-        const vec scale_v = splat(scale);
-        float* to = q.grad_x + c * q.size;
-        int64_t i = 0;
-        if (!q.training) {  // x takes no part, whatever it is
-            for (; i + kLanes <= q.size; i += kLanes) store(to + i, load(grad + i) * scale_v);
-            for (; i < q.size; ++i) to[i] = grad[i] * scale;
-            continue;
-        }
-        // dx = scale * g - through_x * (x - mean) - through_mean
-        const float through_mean = float(scale * sum_g / double(q.size));
-        const float through_x = float(double(scale) * rstd * rstd * sum_gx / double(q.size));
-        const vec x_v = splat(through_x), mean_v = splat(mean), m_v = splat(through_mean);
-        for (; i + kLanes <= q.size; i += kLanes)
-            store(to + i, load(grad + i) * scale_v - (load(x + i) - mean_v) * x_v - m_v);
-        for (; i < q.size; ++i) to[i] = grad[i] * scale - (x[i] - mean) * through_x - through_mean;
-    }
+        for (int64_t c = 0; c < q.channels; ++c) backward<decltype(act)>(q, c);
+    });
 }
 
 }  // namespace SPARSE_FT_ISA

@@ -33,6 +33,19 @@ inline ivec lane_mask(int count) {
     return mask;
 }
 
+// The same for the last vector of a run; `count` is a constant kLanes for all others.
+inline vec keep_lanes(vec v, int count) { return count == kLanes ? v : keep_lanes(v, lane_mask(count)); }
+inline vec load(const float* p, int count) {  // the lanes beyond `count` are zero
+    if (count == kLanes) return load(p);
+    vec v = {};
+    std::memcpy(&v, p, size_t(count) * sizeof(float));
+    return v;
+}
+inline void store(float* p, vec v, int count) {
+    if (count == kLanes) return store(p, v);
+    std::memcpy(p, &v, size_t(count) * sizeof(float));
+}
+
 inline float sum(vec v) {
     float total = 0;
     for (int i = 0; i < kLanes; ++i) total += v[i];

@@ -15,15 +15,13 @@ from torch.nn.parameter import UninitializedParameter
 from sparse_ft.masks.names import match_names, weight_name
 from sparse_ft.masks.targets import typed_layers, unwrap
 from sparse_ft.nn import (
-    LayoutConv2d,
     SparseConv2d,
     SparseLinear,
     SparseModule,
-    batch_last_norm,
+    follow_layout,
     is_transformers_conv1d,
-    layout_conv,
-    stock_conv,
-    stock_norm,
+    restore_stock,
+    stock_type,
 )
 from sparse_ft.randomness import preserved_random_state
 from sparse_ft.steps import call
@@ -112,9 +110,9 @@ def convert(
     """Turn pruned layers of `model` into native sparse layers, in place.
 
     Linear (also transformers' Conv1D) and Conv2d layers whose weight has enough zeros become `SparseLinear` and
-    `SparseConv2d`; batch norms take the layout that sparse convolutions give. Names, state dict and results stay
-    those of the dense model; `to_dense` is the exact inverse. Parameters of converted layers are new objects, so
-    convert before making an optimizer.
+    `SparseConv2d`; stock norms and convolutions take the layout that sparse convolutions give. Names, state dict and
+    results stay those of the dense model; `to_dense` is the exact inverse. Parameters of converted layers are new
+    objects, so convert before making an optimizer.
 
     Args:
         example_inputs: a batch such as training will see (tensor, tuple, or dict of keyword arguments), for
@@ -181,8 +179,7 @@ def _install(model: nn.Module, layers: Mapping[str, SparseModule]) -> None:
         _replace(model, dense, sparse)
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
         for module in model.modules():
-            batch_last_norm(module)
-            layout_conv(module)
+            follow_layout(module)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -199,8 +196,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             _move_hooks(module, dense)
             _replace(inner, module, dense)
         else:
-            stock_norm(module)
-            stock_conv(module)
+            restore_stock(module)
     return model
 
 
@@ -242,10 +238,9 @@ class _Entry:
         return self._sparse
 
     def result(self) -> LayerConversion:
-        kind = "Conv2d" if isinstance(self.module, LayoutConv2d) else type(self.module).__name__
         return LayerConversion(
-            self.name, kind, self.shape, self.nnz, self.sparsity, self.converted, self.reason,
-            self.dense_ms, self.sparse_ms,
+            self.name, stock_type(self.module).__name__, self.shape, self.nnz, self.sparsity, self.converted,
+            self.reason, self.dense_ms, self.sparse_ms,
         )  # fmt: skip
 
 
@@ -285,7 +280,7 @@ class _Candidates:
             return f"tied to {next(other for other in shared[id(weight)] if other != weight_name(name))}"
         if name in readers:
             return f"{readers[name]} reads its weight directly"
-        if type(module) not in (nn.Linear, nn.Conv2d, LayoutConv2d) and not is_transformers_conv1d(module):
+        if stock_type(module) not in (nn.Linear, nn.Conv2d) and not is_transformers_conv1d(module):
             return f"{type(module).__name__} has no sparse form"
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return f"padding mode {module.padding_mode!r} has no sparse form"

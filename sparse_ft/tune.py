@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn import SparseConv2d, SparseModule, layout_conv
+from sparse_ft.nn import SparseConv2d, SparseModule, follow_layout
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, active_isa
 from sparse_ft.steps import inference_step, to_channels_last, training_step
 
@@ -137,7 +137,7 @@ def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False, 
         batch_last = as_layout(x, BATCH_LAST) if x.dim() == 4 else x
         run = step(sparse, batch_last)
         if inside:
-            layout_conv(dense)
+            follow_layout(dense)
             rivals = {"dense": step(dense, batch_last)}
         else:
             rivals = {"dense": step(dense, x)}

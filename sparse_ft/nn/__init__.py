@@ -1,23 +1,24 @@
-"""Layers: sparse linear and convolution, norms that keep batch-last layout, frozen masks of dense layers."""
+"""Layers: sparse linear and convolution, stock modules that follow their layout, frozen masks of dense layers."""
 
 from sparse_ft.nn.conv import SparseConv2d
-from sparse_ft.nn.dense import LayoutConv2d, layout_conv, stock_conv
+from sparse_ft.nn.dense import LayoutConv
 from sparse_ft.nn.frozen import FrozenMasks, freeze_masks
 from sparse_ft.nn.linear import SparseLinear, is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
-from sparse_ft.nn.norm import BatchLastBatchNorm2d, batch_last_norm, stock_norm
+from sparse_ft.nn.norm import LayoutNorm, LayoutNormAct
+from sparse_ft.nn.stock import follow_layout, restore_stock, stock_type
 
 __all__ = [
-    "BatchLastBatchNorm2d",
     "FrozenMasks",
-    "LayoutConv2d",
+    "LayoutConv",
+    "LayoutNorm",
+    "LayoutNormAct",
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",
-    "batch_last_norm",
+    "follow_layout",
     "freeze_masks",
     "is_transformers_conv1d",
-    "layout_conv",
-    "stock_conv",
-    "stock_norm",
+    "restore_stock",
+    "stock_type",
 ]

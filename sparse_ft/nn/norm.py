@@ -1,16 +1,16 @@
-"""Batch normalisation that keeps batch-last layout.
+"""Batch normalisation that keeps batch-last layout and takes what follows it into its pass over memory.
 
-torch's own batch norm copies a batch-last activation twice. These classes add a forward for that layout to the
-stock ones and nothing else: same parameters, buffers, state dict and results.
+torch's own batch norm copies a batch-last activation twice, and adding a residual and an activation are passes of
+their own. Where the activation is part of the module (timm's BatchNormAct2d) it is computed at once; where the
+model's code applies it, the output is deferred until then (see deferred.py).
 """
-
-import functools
-import sys
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.ops import is_batch_last, native_reason
+from sparse_ft.nn.deferred import PendingNorm
+from sparse_ft.nn.stock import adapts
+from sparse_ft.ops import Activation, is_batch_last, native_reason
 
 
 def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -23,67 +23,78 @@ def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     )
 
 
-def _normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    use_batch = norm.training or norm.running_mean is None
-    mean, variance = (None, None) if use_batch else (norm.running_mean, norm.running_var)
-    y, mean, _, variance = torch.ops.sparse_ft.batch_norm(x, norm.weight, norm.bias, mean, variance, norm.eps)
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        assert norm.running_var is not None and norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean, momentum)
-            norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
+def _can_wait(x: Tensor) -> bool:
+    # A traced graph has all it needs to fuse by itself.
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -> Tensor:
+    """The norm's output, activated; `None` for an activation that may follow."""
+    training = norm.training or norm.running_mean is None
+    mean, variance = (None, None) if training else (norm.running_mean, norm.running_var)
+    if activation is None and _can_wait(x):
+        if training:
+            with torch.no_grad():
+                mean, variance = torch.ops.sparse_ft.batch_norm_statistics(x)
+            # Before anything is saved for backward, where checkpointing may break off its second forward.
+            _update_statistics(norm, x, mean, variance)
+        assert mean is not None and variance is not None
+        return PendingNorm(x, norm.weight, norm.bias, mean, variance, norm.eps, training).defer()
+    y, mean, _, variance = torch.ops.sparse_ft.batch_norm(
+        x, norm.weight, norm.bias, mean, variance, norm.eps, None, activation or Activation.IDENTITY, training
+    )
+    _update_statistics(norm, x, mean, variance)
     return y
 
 
-class BatchLastBatchNorm2d(nn.BatchNorm2d):
+def _update_statistics(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor) -> None:
+    if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
+        return
+    assert norm.running_var is not None and norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
+
+
+@adapts("torch.nn", "BatchNorm2d")
+class LayoutNorm(nn.BatchNorm2d):
     """torch's batch norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _normalise(self, x) if _keeps_layout(self, x) else super().forward(x)
+        return _normalise(self, x, None) if _keeps_layout(self, x) else super().forward(x)
 
 
-@functools.cache
-def _with_activation(stock: type) -> type:
-    """timm's norm with its activation inside; timm is loaded by whoever has such a layer."""
+@adapts("timm.layers", "BatchNormAct2d")
+class LayoutNormAct(nn.BatchNorm2d):
+    """timm's batch norm with its activation inside."""
 
-    class BatchLastBatchNormAct2d(stock):  # type: ignore[misc, valid-type]
-        def forward(self, x: Tensor) -> Tensor:
-            return self.act(self.drop(_normalise(self, x))) if _keeps_layout(self, x) else super().forward(x)
+    drop: nn.Module
+    act: nn.Module
 
-    BatchLastBatchNormAct2d.__qualname__ = BatchLastBatchNormAct2d.__name__  # pickle finds it by `__getattr__`
-    return BatchLastBatchNormAct2d
-
-
-def __getattr__(name: str) -> type:
-    if name == "BatchLastBatchNormAct2d":
-        from timm.layers import BatchNormAct2d
-
-        return _with_activation(BatchNormAct2d)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def forward(self, x: Tensor) -> Tensor:
+        if not _keeps_layout(self, x):
+            return super().forward(x)
+        activation = _activation_of(self.act) if type(self.drop) is nn.Identity else None
+        if activation is None:
+            return self.act(self.drop(_normalise(self, x, None)))
+        return _normalise(self, x, activation)
 
 
-def _replacement(kind: type) -> type | None:
-    if kind is nn.BatchNorm2d:
-        return BatchLastBatchNorm2d
-    timm = sys.modules.get("timm.layers")
-    if timm is not None and kind is timm.BatchNormAct2d:
-        return _with_activation(kind)
-    return None
+def _activation_of(module: nn.Module) -> Activation | None:
+    """What the module computes, if a norm can; hooks want its call."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    if type(module) is nn.GELU:
+        return Activation.GELU if module.approximate == "none" else Activation.GELU_TANH
+    return _ACTIVATIONS.get(type(module))
 
 
-def batch_last_norm(module: nn.Module) -> bool:
-    """Give a stock batch norm its batch-last forward, in place; False if the module is not one."""
-    replacement = _replacement(type(module))
-    if replacement is not None:
-        module.__class__ = replacement
-    return replacement is not None
-
-
-def stock_norm(module: nn.Module) -> None:
-    """The inverse of `batch_last_norm`."""
-    stock = type(module).__mro__[1]
-    if _replacement(stock) is type(module):
-        module.__class__ = stock
+_ACTIVATIONS = {
+    nn.ReLU: Activation.RELU,
+    nn.ReLU6: Activation.RELU6,
+    nn.SiLU: Activation.SILU,
+    nn.Hardswish: Activation.HARDSWISH,
+}

@@ -34,12 +34,13 @@ def build_transpose(
     conv: Convolution, row_ptr: int, col: int, nnz: int, t_row_ptr: int, t_col: int, perm: int
 ) -> None: ...
 def norm_forward(
-    x: int, channels: int, size: int, weight: int, bias: int, eps: float, training: bool, mean: int, rstd: int,
-    variance: int, y: int, threads: int,
+    x: int, residual: int, channels: int, size: int, activation: int, weight: int, bias: int, eps: float,
+    measure: bool, mean: int, variance: int, rstd: int, y: int, threads: int,
 ) -> None: ...  # fmt: skip
 def norm_backward(
-    grad: int, x: int, channels: int, size: int, weight: int, mean: int, rstd: int, training: bool, grad_x: int,
-    grad_weight: int, grad_bias: int, threads: int,
+    grad: int, x: int, residual: int, output: int, channels: int, size: int, activation: int, weight: int, bias: int,
+    mean: int, rstd: int, training: bool, grad_x: int, grad_residual: int, grad_weight: int, grad_bias: int,
+    threads: int,
 ) -> None: ...  # fmt: skip
 def transpose(
     source: int, dest: int, batch: _Sizes, size: _Sizes, from_stride: _Sizes, to_stride: _Sizes, threads: int

@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
+from sparse_ft.ops.activations import Activation
 from sparse_ft.ops.layout import LAYOUTS
 
 _NAMES = ("row_ptr", "col", "t_row_ptr", "t_col", "perm")
@@ -84,6 +85,16 @@ def check_layout(layout: int) -> None:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS} (see sparse_ft.ops.layout), not {layout}")
+
+
+def check_activation(activation: int) -> None:
+    """One of `Activation`.
+
+    Raises:
+        ValueError: for another number.
+    """
+    if not 0 <= activation < len(Activation):
+        raise ValueError(f"activation must be one of {list(map(int, Activation))} (see Activation), not {activation}")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_ft.ops.activations import Activation
 from sparse_ft.ops.layout import BATCH_LAST, is_batch_last, layout_of
 
 _ops = torch.ops.sparse_ft
@@ -71,28 +72,49 @@ class _Conv2d(_Weighted):
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, variance, eps):
+    def forward(ctx, x, weight, bias, mean, variance, eps, residual, activation, training):
+        training = training or mean is None
         with torch._C._AutoDispatchBelowAutograd():
-            y, used_mean, rstd, used_variance = _ops.batch_norm.default(x, weight, bias, mean, variance, eps)
+            y, used_mean, rstd, used_variance = _ops.batch_norm.default(
+                x, weight, bias, mean, variance, eps, residual, activation, training
+            )
         ctx.mark_non_differentiable(used_mean, rstd, used_variance)
-        ctx.save_for_backward(x, weight, used_mean, rstd)
-        ctx.training = mean is None
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        # The slope of the activation is taken from what is kept anyway: x, or the output, which the next layer keeps.
+        added, from_output = residual is not None and activation != 0, Activation(activation).slope_from_output
+        ctx.save_for_backward(
+            x, weight, bias, used_mean, rstd, residual if added and not from_output else None,
+            y if added and from_output else None,
+        )  # fmt: skip
+        ctx.activation, ctx.training, ctx.added = activation, training, residual is not None
         return y, used_mean, rstd, used_variance
 
     @staticmethod
     def backward(ctx, grad, *_):
-        x, weight, mean, rstd = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = _ops.batch_norm_backward.default(grad, x, weight, mean, rstd, ctx.training)
+        x, weight, bias, mean, rstd, residual, output = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        grad_residual = grad if needs[6] else None
+        if any(needs[:3]) or ctx.activation:
+            grad_x, grad_weight, grad_bias, before_activation = _ops.batch_norm_backward.default(
+                grad, x, weight, bias, mean, rstd, residual, output, ctx.activation, ctx.training
+            )
+            if needs[6] and ctx.activation:
+                grad_residual = before_activation
         return (
-            grad_x,
+            grad_x if needs[0] else None,
             grad_weight.to(weight.dtype) if needs[1] else None,
-            grad_bias.to(ctx.bias_dtype) if needs[2] else None,
+            grad_bias.to(bias.dtype) if needs[2] else None,
             None,
+            None,
+            None,
+            grad_residual,
             None,
             None,
         )
+
+
+def _batch_norm(x, weight, bias, mean, variance, eps, residual=None, activation=0, training=False):
+    # The dispatcher leaves out what has its default; the gradients are counted by what is given here.
+    return _BatchNorm.apply(x, weight, bias, mean, variance, eps, residual, activation, training)
 
 
 class _ToLayout(torch.autograd.Function):
@@ -135,11 +157,11 @@ def _once(operator):
 def register(library: torch.library.Library, gradient_operators: list[str]) -> None:
     """Give every operator its Autograd kernel."""
     for name, function in (
-        ("linear", _Linear),
-        ("conv2d", _Conv2d),
-        ("batch_norm", _BatchNorm),
-        ("to_layout", _ToLayout),
+        ("linear", _Linear.apply),
+        ("conv2d", _Conv2d.apply),
+        ("batch_norm", _batch_norm),
+        ("to_layout", _ToLayout.apply),
     ):
-        library.impl(name, function.apply, "Autograd")
+        library.impl(name, function, "Autograd")
     for name in gradient_operators:
         library.impl(name, _once(getattr(_ops, name).default), "Autograd")

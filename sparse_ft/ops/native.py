@@ -256,19 +256,26 @@ def linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad: 
     return value_grad
 
 
-def batch_norm(x: Tensor, weight, bias, mean, rstd, training: bool, eps: float, y: Tensor, variance) -> None:
+def batch_norm(
+    x: Tensor, weight, bias, mean, variance, rstd, eps: float, residual, activation: int, measure: bool, y
+) -> None:
+    """Fills rstd, y (unless it is None) and, to `measure`, mean and variance."""
     n, c, h, w = x.shape
     _native.norm_forward(
-        x.data_ptr(), c, n * h * w, _pointer(weight), _pointer(bias), eps, training, mean.data_ptr(), rstd.data_ptr(),
-        _pointer(variance), y.data_ptr(), _threads(4 * x.numel()),
+        x.data_ptr(), _pointer(residual), c, n * h * w, activation, _pointer(weight), _pointer(bias), eps, measure,
+        mean.data_ptr(), variance.data_ptr(), rstd.data_ptr(), _pointer(y), _threads(4 * x.numel()),
     )  # fmt: skip
 
 
-def batch_norm_backward(grad, x, weight, mean, rstd, training: bool, grad_x, grad_weight, grad_bias) -> None:
+def batch_norm_backward(
+    grad, x, weight, bias, mean, rstd, residual, output, activation: int, training: bool,
+    grad_x, grad_weight, grad_bias, grad_residual,
+) -> None:  # fmt: skip
     n, c, h, w = x.shape
     _native.norm_backward(
-        grad.data_ptr(), x.data_ptr(), c, n * h * w, _pointer(weight), mean.data_ptr(), rstd.data_ptr(), training,
-        _pointer(grad_x), _pointer(grad_weight), _pointer(grad_bias), _threads(4 * x.numel()),
+        grad.data_ptr(), x.data_ptr(), _pointer(residual), _pointer(output), c, n * h * w, activation,
+        _pointer(weight), _pointer(bias), mean.data_ptr(), rstd.data_ptr(), training, grad_x.data_ptr(),
+        grad_residual.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr(), _threads(4 * x.numel()),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from sparse_ft.ops.activations import activate, slope
 from sparse_ft.ops.pattern import flat_index
 
 
@@ -67,20 +68,39 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def batch_norm(x, weight, bias, mean, variance, eps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if mean is None:
-        variance, mean = torch.var_mean(_wide(x), dim=(0, 2, 3), correction=0)
-    rstd = torch.rsqrt(variance + eps)
+def batch_norm_statistics(x) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(_wide(x), dim=(0, 2, 3), correction=0)
+    return mean, variance
+
+
+def _before_activation(x, weight, bias, mean, rstd, residual) -> Tensor:
     y = (_wide(x) - mean.view(_PER_CHANNEL)) * rstd.view(_PER_CHANNEL)
     if weight is not None:
         y = y * weight.view(_PER_CHANNEL)
     if bias is not None:
         y = y + bias.view(_PER_CHANNEL)
+    return y if residual is None else y + residual
+
+
+def batch_norm(x, weight, bias, mean, variance, eps, residual, activation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if mean is None:
+        mean, variance = batch_norm_statistics(x)
+    rstd = torch.rsqrt(variance + eps)
+    y = activate(_before_activation(x, weight, bias, mean, rstd, residual), activation)
     return y.to(x.dtype), mean.clone(), rstd, variance.clone()
 
 
-def batch_norm_backward(grad, x, weight, mean, rstd, training) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm_backward(
+    grad, x, weight, bias, mean, rstd, residual, output, activation, training
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(grad)
+    if activation:
+        v = _before_activation(x, weight, bias, mean, rstd, residual) if output is None else _wide(output)
+        # Not a product: what an activation cuts off may be infinite.
+        slopes = slope(v, activation)
+        wide = torch.where(slopes == 0, 0.0, wide * slopes)
+    added = residual is not None or output is not None
+    grad_residual = wide.to(x.dtype) if added else x.new_empty(0, 0, 0, 0)
     xhat = (_wide(x) - mean.view(_PER_CHANNEL)) * rstd.view(_PER_CHANNEL)
     grad_bias, grad_weight = wide.sum((0, 2, 3)), (wide * xhat).sum((0, 2, 3))
     scale = rstd if weight is None else rstd * weight
@@ -88,4 +108,4 @@ def batch_norm_backward(grad, x, weight, mean, rstd, training) -> tuple[Tensor, 
         count = x.numel() // x.shape[1]
         wide = wide - (grad_bias.view(_PER_CHANNEL) + xhat * grad_weight.view(_PER_CHANNEL)) / count
     grad_x = (wide * scale.view(_PER_CHANNEL)).to(x.dtype)
-    return grad_x, grad_weight.to(mean.dtype), grad_bias.to(mean.dtype)
+    return grad_x, grad_weight.to(mean.dtype), grad_bias.to(mean.dtype), grad_residual

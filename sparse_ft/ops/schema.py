@@ -5,7 +5,9 @@
 
     linear            (..., in), values, bias -> (..., out)
     conv2d            (N, C, H, W), values, bias -> (N, O, OH, OW)
-    batch_norm        (N, C, H, W) -> y, mean, 1/std, biased variance; normalises by `mean` and `variance` if given
+    batch_norm        (N, C, H, W) -> y = activation(norm(x) + residual), mean, 1/std, biased variance; measures the
+                      statistics unless `mean` and `variance` are given; `training` says that they are x's own
+    batch_norm_statistics   (N, C, H, W) -> mean, biased variance
     to_layout         a copy in another memory layout
     *_input_grad, *_weight_grad, batch_norm_backward    their gradients, operators too
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from sparse_ft.ops import gradients, native, reference
 from sparse_ft.ops.checks import (
+    check_activation,
     check_channels,
     check_features,
     check_geometry,
@@ -39,10 +42,11 @@ for _schema in (
     f"conv2d(Tensor x, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}) -> Tensor",
     f"conv2d_input_grad(Tensor grad, Tensor values, Tensor[] pattern, {_CONV}, SymInt[] input_shape) -> Tensor",
     f"conv2d_weight_grad(Tensor grad, Tensor x, Tensor[] pattern, {_CONV}) -> Tensor",
-    "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool training)"
-    " -> (Tensor, Tensor, Tensor)",
+    "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps,"
+    " Tensor? residual=None, int activation=0, bool training=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    "batch_norm_statistics(Tensor x) -> (Tensor, Tensor)",
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+    " Tensor? residual, Tensor? output, int activation, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
     "to_layout(Tensor x, int layout) -> Tensor",
 ):
     _library.define(_schema)
@@ -157,41 +161,70 @@ def _conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilatio
     return value_grad
 
 
-def _batch_norm(x, weight, bias, mean, variance, eps):
+def _batch_norm(x, weight, bias, mean, variance, eps, residual=None, activation=0, training=False):
     check_image("the input", x.shape)
+    check_activation(activation)
     for name, tensor in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", variance)):
         check_channels(name, tensor, x.shape[1])
     if (mean is None) != (variance is None):
         raise ValueError("batch_norm takes mean and variance together, or neither")
-    if native_reason(x, weight, bias, mean, variance) or x.numel() == 0:
-        y, mean, rstd, variance = reference.batch_norm(x, weight, bias, mean, variance, eps)
+    if residual is not None:
+        check_same_shape("the residual", residual, x.shape)
+    if native_reason(x, weight, bias, mean, variance, residual) or x.numel() == 0:
+        y, mean, rstd, variance = reference.batch_norm(x, weight, bias, mean, variance, eps, residual, activation)
         return _batch_last(y), mean, rstd, variance
-    x, training = native.as_batch_last(x), mean is None
-    y = empty(x.shape, BATCH_LAST, x)
-    if training:
-        mean, rstd, variance = (x.new_empty(x.shape[1]) for _ in range(3))
-    else:
-        # Outputs of their own, and contiguous ones.
+    x, measure = native.as_batch_last(x), mean is None
+    residual = None if residual is None else native.as_batch_last(residual)
+    y, rstd = empty(x.shape, BATCH_LAST, x), x.new_empty(x.shape[1])
+    if measure:
+        mean, variance = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    else:  # outputs of their own, and contiguous ones
         mean, variance = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (mean, variance))
-        rstd = torch.rsqrt(variance + eps)
-    native.batch_norm(x, _contiguous(weight), _contiguous(bias), mean, rstd, training, eps, y, variance)
+    native.batch_norm(
+        x, _contiguous(weight), _contiguous(bias), mean, variance, rstd, eps, residual, activation, measure, y
+    )
     return y, mean, rstd, variance
 
 
-def _batch_norm_backward(grad, x, weight, mean, rstd, training):
+def _batch_norm_statistics(x):
     check_image("the input", x.shape)
+    if native_reason(x) or x.numel() == 0:
+        return reference.batch_norm_statistics(x)
+    mean, variance, rstd = (x.new_empty(x.shape[1]) for _ in range(3))
+    x = native.as_batch_last(x)
+    native.batch_norm(x, None, None, mean, variance, rstd, 0.0, None, 0, True, None)
+    return mean, variance
+
+
+def _batch_norm_backward(grad, x, weight, bias, mean, rstd, residual, output, activation, training):
+    check_image("the input", x.shape)
+    check_activation(activation)
     check_same_shape("the gradient", grad, x.shape)
-    for name, tensor in (("weight", weight), ("mean", mean), ("rstd", rstd)):
+    for name, tensor in (("weight", weight), ("bias", bias), ("mean", mean), ("rstd", rstd)):
         check_channels(name, tensor, x.shape[1])
-    if native_reason(grad, x, weight, mean, rstd) or x.numel() == 0:
-        grad_x, grad_weight, grad_bias = reference.batch_norm_backward(grad, x, weight, mean, rstd, training)
-        return _batch_last(grad_x), grad_weight, grad_bias
-    grad, x = native.as_batch_last(grad), native.as_batch_last(x)
-    weight, mean, rstd = _contiguous(weight), mean.contiguous(), rstd.contiguous()
+    for name, tensor in (("the residual", residual), ("the output", output)):
+        if tensor is not None:
+            check_same_shape(name, tensor, x.shape)
+    if native_reason(grad, x, weight, bias, mean, rstd, residual, output) or x.numel() == 0:
+        grad_x, grad_weight, grad_bias, grad_residual = reference.batch_norm_backward(
+            grad, x, weight, bias, mean, rstd, residual, output, activation, training
+        )
+        return _batch_last(grad_x), grad_weight, grad_bias, _batch_last(grad_residual)
+    grad, x, residual, output = (None if t is None else native.as_batch_last(t) for t in (grad, x, residual, output))
+    weight, bias, mean, rstd = _contiguous(weight), _contiguous(bias), mean.contiguous(), rstd.contiguous()
     grad_x = empty(x.shape, BATCH_LAST, x)
+    grad_residual = empty(_residual_shape(x, residual, output), BATCH_LAST, x)
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
-    native.batch_norm_backward(grad, x, weight, mean, rstd, training, grad_x, grad_weight, grad_bias)
-    return grad_x, grad_weight, grad_bias
+    native.batch_norm_backward(
+        grad, x, weight, bias, mean, rstd, residual, output, activation, training,
+        grad_x, grad_weight, grad_bias, grad_residual,
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias, grad_residual
+
+
+def _residual_shape(x, residual, output):
+    """Nothing for a norm that nothing was added to."""
+    return x.shape if residual is not None or output is not None else (0, 0, 0, 0)
 
 
 def _to_layout(x, layout):
@@ -208,6 +241,7 @@ _IMPLEMENTATIONS = {
     "conv2d_input_grad": _conv2d_input_grad,
     "conv2d_weight_grad": _conv2d_weight_grad,
     "batch_norm": _batch_norm,
+    "batch_norm_statistics": _batch_norm_statistics,
     "batch_norm_backward": _batch_norm_backward,
     "to_layout": _to_layout,
 }
@@ -249,17 +283,33 @@ def _(grad, x, pattern, weight_shape, stride, padding, dilation, groups):
     return grad.new_empty(_nnz(pattern))
 
 
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    """float32 for every dtype but float64, as in torch."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @torch.library.register_fake("sparse_ft::batch_norm")
-def _(x, weight, bias, mean, variance, eps):
-    # Statistics are float32 for every dtype but float64, as in torch.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    stats = [x.new_empty(x.shape[1], dtype=wide if mean is None else mean.dtype) for _ in range(3)]
+def _(x, weight, bias, mean, variance, eps, residual=None, activation=0, training=False):
+    dtype = _statistics_dtype(x) if mean is None else mean.dtype
+    stats = [x.new_empty(x.shape[1], dtype=dtype) for _ in range(3)]
     return empty(x.shape, BATCH_LAST, x), *stats
 
 
+@torch.library.register_fake("sparse_ft::batch_norm_statistics")
+def _(x):
+    dtype = _statistics_dtype(x)
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+
+
 @torch.library.register_fake("sparse_ft::batch_norm_backward")
-def _(grad, x, weight, mean, rstd, training):
-    return empty(x.shape, BATCH_LAST, x), mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1])
+def _(grad, x, weight, bias, mean, rstd, residual, output, activation, training):
+    channels = x.shape[1]
+    return (
+        empty(x.shape, BATCH_LAST, x),
+        mean.new_empty(channels),
+        mean.new_empty(channels),
+        empty(_residual_shape(x, residual, output), BATCH_LAST, x),
+    )
 
 
 @torch.library.register_fake("sparse_ft::to_layout")
@@ -267,4 +317,6 @@ def _(x, layout):
     return empty(x.shape, layout, x)
 
 
-gradients.register(_library, [name for name in _IMPLEMENTATIONS if name.endswith(("_grad", "_backward"))])
+gradients.register(
+    _library, [name for name in _IMPLEMENTATIONS if name.endswith(("_grad", "_backward", "_statistics"))]
+)

@@ -13,7 +13,7 @@ from zoo import bert, classified, gpt2, image, small_resnet
 
 import sparse_ft
 from sparse_ft import conversion, tune
-from sparse_ft.nn import BatchLastBatchNorm2d, SparseConv2d, SparseLinear, SparseModule
+from sparse_ft.nn import LayoutNorm, SparseConv2d, SparseLinear, SparseModule
 
 
 def sparsify(module: nn.Module, sparsity: float = 0.9) -> nn.Module:
@@ -247,7 +247,7 @@ def test_norms_follow_sparse_convolutions():
     sparse_ft.convert(model, policy="always", ignore=["0", "3", "4"])
     assert type(model[1]) is nn.BatchNorm2d
     sparse_ft.convert(model, policy="always")
-    assert type(model[1]) is BatchLastBatchNorm2d
+    assert isinstance(model[1], LayoutNorm)
 
 
 def test_wrapped_models_keep_their_names():

@@ -7,7 +7,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from sparse_ft.nn import BatchLastBatchNorm2d, batch_last_norm, stock_norm
+from sparse_ft.nn import LayoutNorm, LayoutNormAct, follow_layout, restore_stock, stock_type
 from sparse_ft.ops import BATCH_LAST, is_batch_last
 
 FORMS = {
@@ -20,6 +20,10 @@ FORMS = {
     "timm": lambda: BatchNormAct2d(6),
     "timm without activation": lambda: BatchNormAct2d(6, apply_act=False),
     "timm silu": lambda: BatchNormAct2d(6, act_layer=nn.SiLU),
+    "timm hardswish": lambda: BatchNormAct2d(6, act_layer=nn.Hardswish),
+    "timm gelu": lambda: BatchNormAct2d(6, act_layer=nn.GELU),
+    "timm relu6": lambda: BatchNormAct2d(6, act_layer=nn.ReLU6),
+    "timm mish": lambda: BatchNormAct2d(6, act_layer=nn.Mish),  # no native form
 }
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -30,7 +34,7 @@ def make(form: str) -> tuple[nn.Module, nn.Module]:
     for parameter in stock.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
     norm = copy.deepcopy(stock)
-    assert batch_last_norm(norm)
+    assert follow_layout(norm)
     return stock, norm
 
 
@@ -108,11 +112,11 @@ def test_copies(form, copied):
 @forms
 def test_there_and_back(form):
     stock, norm = make(form)
-    assert isinstance(norm, type(stock)) and type(norm) is not type(stock)
-    assert not batch_last_norm(norm)  # it is one already
-    stock_norm(norm)
+    assert stock_type(norm) is type(stock) is not type(norm)
+    assert not follow_layout(norm)  # it is one already
+    restore_stock(norm)
     assert type(norm) is type(stock)
-    stock_norm(norm)
+    restore_stock(norm)
     assert type(norm) is type(stock)
 
 
@@ -121,8 +125,8 @@ def test_there_and_back(form):
 )
 def test_other_norms_are_left_alone(module):
     kind = type(module)
-    assert not batch_last_norm(module) and type(module) is kind
-    stock_norm(module)
+    assert not follow_layout(module) and type(module) is kind
+    restore_stock(module)
     assert type(module) is kind
 
 
@@ -137,6 +141,6 @@ def test_every_batch_norm_of_timms_networks_is_covered():
         for module in timm.create_model(name).modules():
             if isinstance(module, nn.BatchNorm2d):
                 kinds.add(type(module))
-                assert batch_last_norm(module)
+                assert follow_layout(module)
+                assert isinstance(module, LayoutNorm | LayoutNormAct)
     assert kinds == {nn.BatchNorm2d, BatchNormAct2d}
-    assert isinstance(make("stock")[1], BatchLastBatchNorm2d)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_ft.nn import LayoutConv2d, layout_conv, stock_conv
+from sparse_ft.nn import LayoutConv, follow_layout, restore_stock
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, is_batch_last
 
 
@@ -19,7 +19,7 @@ def test_results_are_the_stock_ones_in_every_layout(layout: int, groups: int) ->
     expected = conv(x)
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, [x, conv.weight, conv.bias], grad)
-    assert layout_conv(conv)
+    assert follow_layout(conv)
     placed = torch.ops.sparse_ft.to_layout(x, layout)
     y = conv(placed)
     torch.testing.assert_close(y, expected)
@@ -33,9 +33,9 @@ def test_only_the_stock_class_is_changed_and_changed_back() -> None:
         pass
 
     own, stock = Own(2, 2, 1), nn.Conv2d(2, 2, 1)
-    assert not layout_conv(own) and type(own) is Own
-    assert layout_conv(stock) and type(stock) is LayoutConv2d
-    stock_conv(stock)
+    assert not follow_layout(own) and type(own) is Own
+    assert follow_layout(stock) and isinstance(stock, LayoutConv)
+    restore_stock(stock)
     assert type(stock) is nn.Conv2d
 
 
@@ -43,7 +43,7 @@ def test_unbatched_input() -> None:
     conv = nn.Conv2d(3, 5, 3)
     x = torch.randn(3, 8, 8)
     expected = conv(x)
-    layout_conv(conv)
+    follow_layout(conv)
     torch.testing.assert_close(conv(x), expected)
 
 
@@ -55,9 +55,9 @@ def test_timm_padding_and_pickle(layout: int) -> None:
     conv = Conv2dSame(4, 4, 3, stride=2, groups=4)
     x = torch.randn(6, 4, 9, 7)
     expected = conv(x)
-    assert layout_conv(conv) and isinstance(conv, LayoutConv2d)
+    assert follow_layout(conv) and isinstance(conv, LayoutConv)
     y = pickle.loads(pickle.dumps(conv))(torch.ops.sparse_ft.to_layout(x, layout))
     torch.testing.assert_close(y, expected)
     assert is_batch_last(y) == (layout == BATCH_LAST)
-    stock_conv(conv)
+    restore_stock(conv)
     assert type(conv) is Conv2dSame

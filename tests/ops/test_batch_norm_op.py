@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import as_stored, expected
 
-from sparse_ft.ops import is_batch_last
+from sparse_ft.ops import Activation, is_batch_last
 
 EPS = 1e-5
 
@@ -120,6 +120,108 @@ def test_empty(shape):
     y, *_ = torch.ops.sparse_ft.batch_norm(x, None, None, torch.zeros(channels), torch.ones(channels), EPS)
     y.sum().backward()
     assert y.shape == shape and x.grad.shape == shape
+
+
+KINKS = {Activation.RELU: (0,), Activation.RELU6: (0, 6), Activation.HARDSWISH: (-3, 3)}
+FUNCTIONS = {
+    Activation.IDENTITY: lambda v: v,
+    Activation.RELU: F.relu,
+    Activation.RELU6: F.relu6,
+    Activation.SILU: F.silu,
+    Activation.HARDSWISH: F.hardswish,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda v: F.gelu(v, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("activation", Activation)
+@given(
+    shape=st.tuples(st.integers(2, 70), st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)),
+    training=st.booleans(),
+    affine=st.booleans(),
+    residual=st.sampled_from([None, "batch_last", "contiguous"]),
+    storages=st.tuples(STORAGES, STORAGES),
+    threads=st.sampled_from([1, 1, 2]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=25)
+def test_what_follows_the_norm(isa, activation, shape, training, affine, residual, storages, threads, seed):
+    """With residual and activation, forward and backward, against torch in float64."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(seed)
+    x, r, grad = (torch.randn(shape, generator=generator) * 2 + 1 for _ in range(3))
+    x[0, :, 0, 0] += 3  # every channel varies
+    weight, bias = (torch.randn(shape[1], generator=generator) if affine else None for _ in range(2))
+    given_statistics = (None, None)
+    if not training:
+        given_statistics = torch.randn(shape[1], generator=generator), torch.rand(shape[1], generator=generator) + 0.1
+    wide_statistics = tuple(None if s is None else s.double() for s in given_statistics)
+
+    def before_activation(x, r, weight, bias):
+        v = F.batch_norm(x, *wide_statistics, weight, bias, training, 0.0, EPS)
+        return v if residual is None else v + r
+
+    v = before_activation(*(None if t is None else t.double() for t in (x, r, weight, bias)))
+    for kink in KINKS.get(activation, ()):  # rounding may fall on either side of it
+        grad[(v - kink).abs() < 1e-4] = 0
+
+    def whole(x, *others):
+        r, weight, bias = others if residual is not None else (None, *others)
+        return FUNCTIONS[activation](before_activation(x, r, weight, bias))
+
+    operands = [x, r, weight, bias] if residual is not None else [x, weight, bias]
+    want = expected(whole, grad, *operands)
+
+    leaves = [as_stored(x, storages[0]), None if residual is None else as_stored(r, residual), weight, bias]
+    leaves = [None if t is None else t.detach().requires_grad_(True) for t in leaves]
+    x, r, weight, bias = leaves
+    y, *_ = torch.ops.sparse_ft.batch_norm(x, weight, bias, *given_statistics, EPS, r, activation)
+    assert is_batch_last(y)
+    y.backward(as_stored(grad, storages[1]))
+    got = [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+    for a, b in zip(got, want, strict=True):
+        scale = max(1.0, float(b.abs().max())) * (1 if a.dim() == 4 else x[:, 0].numel() ** 0.5)
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_activations_at_every_size(isa, activation):
+    """From the smallest numbers to the largest, and at the kinks: values and slopes are torch's."""
+    sizes = torch.cat([torch.logspace(-40, 38, 400), torch.tensor([0.0, 3.0, 6.0, 88.0, 89.0, 104.0, 1e10])])
+    v = torch.cat([-sizes, sizes, torch.linspace(-110, 110, 4001)])
+    x = v.view(-1, 1, 1, 1).requires_grad_(True)
+    grad = torch.ones_like(x)
+    # Mean 0 and variance 1: the pre-activation is x.
+    y, *_ = torch.ops.sparse_ft.batch_norm(x, None, None, torch.zeros(1), torch.ones(1), 0.0, None, activation)
+    (slope,) = torch.autograd.grad(y, x, grad)
+    wide = x.detach().double().requires_grad_(True)
+    want = FUNCTIONS[activation](wide)
+    (want_slope,) = torch.autograd.grad(want, wide, grad.double())
+    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=3e-7)
+    torch.testing.assert_close(slope.double(), want_slope, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("residual", [False, True])
+def test_nan_goes_through_an_activation(isa, activation, residual):
+    x = torch.randn(5, 3, 4, 4)
+    x[2, 1, 3, 0] = torch.nan
+    statistics = torch.zeros(3), torch.ones(3)
+    r = torch.zeros_like(x) if residual else None
+    y, *_ = torch.ops.sparse_ft.batch_norm(x, None, None, *statistics, EPS, r, activation)
+    assert torch.equal(y.isnan(), x.isnan())
+
+
+@pytest.mark.parametrize("activation", [-1, 7])
+def test_unknown_activation(activation):
+    x = torch.randn(5, 3, 4, 4)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        torch.ops.sparse_ft.batch_norm(x, None, None, None, None, EPS, None, activation)
+
+
+def test_a_residual_of_another_shape():
+    with pytest.raises(ValueError, match="the residual must have shape"):
+        torch.ops.sparse_ft.batch_norm(torch.randn(5, 3, 4, 4), None, None, None, None, EPS, torch.randn(5, 3, 1, 1))
 
 
 def test_same_result_twice(isa):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import pattern_of, sparse_weight
 
-from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS
+from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, Activation
 
 GEOMETRY = ((2, 1), (1, 0, 1, 2), (1, 1), 2)
 SHAPE = (4, 3, 3, 3)
@@ -40,10 +40,18 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
             (leaf(*image), leaf(6), leaf(6), None, None, 1e-5),
             (leaf(*image), None, None, None, None, 1e-5),
             (leaf(*image), leaf(6), leaf(6), mean, variance, 1e-5),
+            *(
+                (leaf(*image), leaf(6), leaf(6), *given, 1e-5, residual, activation)
+                for activation in Activation
+                for residual in (None, leaf(*image))
+                for given in ((None, None), (mean, variance))
+            ),
         ],
+        "batch_norm_statistics": [(leaf(*image),)],
         "batch_norm_backward": [
-            (leaf(*image), leaf(*image), leaf(6), mean, variance, True),
-            (leaf(*image), leaf(*image), None, mean, variance, False),
+            (leaf(*image), leaf(*image), leaf(6), leaf(6), mean, variance, None, None, 0, True),
+            (leaf(*image), leaf(*image), None, None, mean, variance, None, leaf(*image), 1, False),
+            (leaf(*image), leaf(*image), leaf(6), None, mean, variance, leaf(*image), None, 3, True),
         ],
         "to_layout": [(leaf(*image), layout) for layout in (CONTIGUOUS, CHANNELS_LAST, BATCH_LAST)],
     }[name]
@@ -51,7 +59,7 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
 
 NAMES = [
     "linear", "linear_input_grad", "linear_weight_grad", "conv2d", "conv2d_input_grad", "conv2d_weight_grad",
-    "batch_norm", "batch_norm_backward", "to_layout",
+    "batch_norm", "batch_norm_statistics", "batch_norm_backward", "to_layout",
 ]  # fmt: skip
 
 

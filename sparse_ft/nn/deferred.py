@@ -1,0 +1,343 @@
+"""A batch norm's output that waits to see what follows.
+
+What follows a norm (a residual is added, an activation applied) belongs to the same pass over memory, but the norm's
+module cannot know it: the model's own code does it, in its own words. So the norm gives a tensor that is not computed
+yet. Adding to it or activating it computes all in one pass; whatever else looks at it gets the plain result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from sparse_ft.ops import Activation, batch_last_strides
+
+
+def _getter(name: str) -> Callable[[Tensor], Any]:
+    return getattr(Tensor, name).__get__  # as `__torch_function__` is given it
+
+
+_GRAD_FN, _REQUIRES_GRAD = _getter("grad_fn"), _getter("requires_grad")
+_SET_HOOKS = Tensor._backward_hooks.__set__  # type: ignore[union-attr]  # done to a tensor that moves in the graph
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+@dataclass
+class PendingNorm:
+    """A norm's operands. The statistics are measured; `residual` is to be added."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    eps: float
+    training: bool  # the statistics are those of x
+    residual: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.grad_enabled = torch.is_grad_enabled()
+        if not self.training:  # running statistics, which go on
+            self.mean, self.variance = self.mean.clone(), self.variance.clone()
+        if not self.grad_enabled:  # a constant, also if it is computed where gradients are recorded
+            for name in ("x", "weight", "bias", "residual"):
+                tensor = getattr(self, name)
+                setattr(self, name, None if tensor is None else tensor.detach())
+        self._versions = self._read_versions()
+
+    def _read_versions(self) -> list[int | None]:
+        return [_version(t) for t in (self.x, self.weight, self.bias, self.residual) if t is not None]
+
+    def compute(self, activation: Activation = Activation.IDENTITY) -> Tensor:
+        """The norm with what follows it, differentiable."""
+        if self._read_versions() != self._versions:
+            raise RuntimeError(
+                "a batch norm's input, parameters or the tensor added to its output were modified in place before "
+                "the result was used; copy (.clone()) what is modified, or use the dense model (sparse_ft.to_dense)"
+            )
+        return torch.ops.sparse_ft.batch_norm.default(
+            self.x, self.weight, self.bias, self.mean, self.variance, self.eps, self.residual, activation,
+            self.training,
+        )[0]  # fmt: skip
+
+    def defer(self) -> "DeferredNorm":
+        deferred = _Defer.apply(self.x, self.weight, self.bias, self.residual, self)
+        deferred._node = _own(_GRAD_FN, deferred)
+        return deferred
+
+
+class _Defer(torch.autograd.Function):
+    """Gives the deferred output its place in the graph, for what does not go by `__torch_function__`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, pending):
+        ctx.save_for_backward(x, weight, pending.mean, pending.variance)
+        ctx.eps, ctx.training = pending.eps, pending.training
+        return DeferredNorm(pending)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, variance = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if not any(needs[:3]):
+            return None, None, None, grad, None
+        grads = torch.ops.sparse_ft.batch_norm_backward.default(
+            grad, x, weight, None, mean, torch.rsqrt(variance + ctx.eps), None, None, Activation.IDENTITY, ctx.training
+        )
+        grads = [grad if wanted else None for grad, wanted in zip(grads[:3], needs, strict=False)]
+        return *grads, grad if needs[3] else None, None
+
+
+class _Result(torch.autograd.Function):
+    """From a deferred output to its plain tensor, along whatever history the deferred one has by now."""
+
+    @staticmethod
+    def forward(ctx, deferred):
+        return deferred._value  # nobody has it yet: not a view of an input, so that it can be changed in place
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _Add(torch.autograd.Function):
+    """The place in the graph of a deferred output to which something was added in place."""
+
+    @staticmethod
+    def forward(ctx, deferred, residual):
+        ctx.mark_dirty(deferred)
+        return deferred
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+class _Become(torch.autograd.Function):
+    """The place in the graph of a deferred output that an operation in place has turned into `other`."""
+
+    @staticmethod
+    def forward(ctx, deferred, other):
+        ctx.mark_dirty(deferred)
+        return deferred
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+class DeferredNorm(torch.Tensor):
+    """The output of a batch norm, not computed yet.
+
+    Functions of torch see it by `__torch_function__`: a few are fused, all others get the plain result in its place.
+    What calls into torch by other ways (a custom `torch.autograd.Function`, a module's backward hooks) meets a tensor
+    with the right place in the graph and no memory, whose values come by `__torch_dispatch__`.
+    """
+
+    _pending: PendingNorm
+    _node: Any  # its place in the graph, as far as it is known here
+    _value: Tensor | None  # the result, once it had to be computed
+    _stands_for: Tensor | None  # the plain tensor that it has become: every look at it is a look at that
+    _seen_version: int | None  # of that tensor, when its place in the graph was looked at last
+
+    @staticmethod
+    def __new__(cls, pending: PendingNorm):
+        x = pending.x
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, x.shape, strides=batch_last_strides(x.shape), dtype=x.dtype, device=x.device
+        )
+        self._pending, self._value, self._stands_for = pending, None, None
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (func in _METADATA and args[0]._stands_for is None) or func == _SET_HOOKS:
+            return _own(func, *args, **kwargs)
+        fused = None
+        if func in _SUMS and len(args) == 2 and not kwargs:
+            fused = _add(args[0], args[1], _SUMS[func])
+        elif func in _ACTIVATIONS and args and isinstance(args[0], DeferredNorm):
+            call = _ACTIVATIONS[func](*args, **kwargs)
+            fused = None if call is None else _activate(args[0], *call)
+        if fused is not None:
+            return fused
+        seen: list[DeferredNorm] = []
+
+        def plain(deferred: DeferredNorm) -> Tensor:
+            seen.append(deferred)
+            return _result(deferred)
+
+        args, kwargs = tree_map_only(DeferredNorm, plain, (args, kwargs))
+        result = func(*args, **kwargs)
+        for deferred in seen:
+            _follow(deferred)
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        args, kwargs = tree_map_only(DeferredNorm, _value_below_autograd, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _own(function, *args, **kwargs):
+    """Asks the deferred tensor itself."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
+
+
+def _has_another_history(deferred: DeferredNorm) -> bool:
+    """Whether a custom function has given it away as its own output."""
+    return _own(_GRAD_FN, deferred) is not deferred._node
+
+
+def _compute(deferred: DeferredNorm) -> Tensor:
+    if deferred._value is None:
+        with torch.no_grad():
+            deferred._value = deferred._pending.compute()
+    return deferred._value
+
+
+def _result(deferred: DeferredNorm) -> Tensor:
+    """The plain tensor that takes the deferred one's place, from now on."""
+    now = deferred._stands_for
+    if now is not None and not _has_another_history(deferred):
+        return now
+    if now is not None:
+        deferred._value = now.detach()
+    # Its place in the graph is that of the deferred one, whatever mode is on as it is computed.
+    with torch.inference_mode(deferred._pending.x.is_inference()):
+        now = _compute(deferred)
+        if _own(_REQUIRES_GRAD, deferred):
+            with torch.enable_grad():
+                now = _Result.apply(deferred)
+    deferred._stands_for, deferred._seen_version, deferred._node = now, _version(now), _own(_GRAD_FN, deferred)
+    return now
+
+
+def _become(deferred: DeferredNorm, other: Tensor) -> None:
+    """After an operation in place all who hold the tensor see what it has become, by whatever way they look."""
+    deferred._stands_for, deferred._seen_version = other, _version(other)
+    if torch.is_grad_enabled() and (other.requires_grad or _own(_REQUIRES_GRAD, deferred)):
+        _Become.apply(deferred, other)
+        deferred._node = _own(_GRAD_FN, deferred)
+
+
+def _follow(deferred: DeferredNorm) -> None:
+    """Notice that the plain tensor was changed in place."""
+    now = deferred._stands_for
+    if now is not None and _version(now) != deferred._seen_version:
+        _become(deferred, now)
+
+
+def _value_below_autograd(deferred: DeferredNorm) -> Tensor:
+    now = deferred._stands_for
+    if now is None:
+        return _compute(deferred)
+    if _version(now) != deferred._seen_version and _own(_REQUIRES_GRAD, deferred):
+        raise RuntimeError(
+            "a batch norm's output was modified in place by way of a view; clone it before (.clone()), or use the "
+            "dense model (sparse_ft.to_dense)"
+        )
+    return now
+
+
+def _pending_of(tensor: Any) -> PendingNorm | None:
+    """What is still to be computed, if nothing has become of it yet and gradients are recorded as they were."""
+    if (
+        isinstance(tensor, DeferredNorm)
+        and tensor._stands_for is None
+        and tensor._pending.grad_enabled == torch.is_grad_enabled()
+        and tensor._pending.x.is_inference() == torch.is_inference_mode_enabled()
+        and not _has_another_history(tensor)
+    ):
+        return tensor._pending
+    return None
+
+
+def _activate(deferred: DeferredNorm, activation: Activation, in_place: bool) -> Tensor | None:
+    pending = _pending_of(deferred)
+    if pending is None:
+        return None
+    activated = pending.compute(activation)
+    if in_place:
+        _become(deferred, activated)
+    return activated
+
+
+def _add(a: Any, b: Any, in_place: bool) -> Tensor | None:
+    for deferred, residual in ((a, b),) if in_place else ((a, b), (b, a)):
+        pending = _pending_of(deferred)
+        if pending is None or pending.residual is not None or deferred is residual:
+            continue
+        if isinstance(residual, DeferredNorm):
+            residual = _result(residual)
+        x = pending.x
+        if type(residual) is not Tensor or (residual.shape, residual.dtype, residual.device) != (
+            x.shape, x.dtype, x.device
+        ):  # fmt: skip
+            return None
+        added = replace(pending, residual=residual)
+        if not in_place:
+            return added.defer()
+        _Add.apply(deferred, residual)
+        deferred._pending, deferred._node, deferred._value = added, _own(_GRAD_FN, deferred), None
+        return deferred
+    return None
+
+
+_METADATA = {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
+    torch.is_floating_point, torch.numel, Tensor.__len__,
+    *map(_getter, ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda")),
+}  # fmt: skip
+
+# Function -> whether it changes its first argument.
+_SUMS = {
+    torch.add: False, Tensor.add: False, Tensor.__add__: False, Tensor.__radd__: False,
+    Tensor.add_: True, Tensor.__iadd__: True,
+}  # fmt: skip
+
+
+def _plain_call(activation: Activation, in_place: bool = False):
+    def read(x):
+        return activation, in_place
+
+    return read
+
+
+def _functional_call(activation: Activation):
+    def read(input, inplace=False):
+        return activation, inplace
+
+    return read
+
+
+def _hardtanh_call(input, min_val=-1.0, max_val=1.0, inplace=False):
+    return (Activation.RELU6, inplace) if (min_val, max_val) == (0, 6) else None
+
+
+def _gelu_call(input, *, approximate="none"):
+    return (Activation.GELU if approximate == "none" else Activation.GELU_TANH), False
+
+
+# Function -> what a call of it means: the activation, and whether it is in place; None: nothing that can be fused.
+_ACTIVATIONS = {
+    torch.relu: _plain_call(Activation.RELU),
+    Tensor.relu: _plain_call(Activation.RELU),
+    torch.relu_: _plain_call(Activation.RELU, in_place=True),
+    Tensor.relu_: _plain_call(Activation.RELU, in_place=True),
+    F.relu: _functional_call(Activation.RELU),
+    F.relu6: _functional_call(Activation.RELU6),
+    F.silu: _functional_call(Activation.SILU),
+    F.hardswish: _functional_call(Activation.HARDSWISH),
+    F.hardtanh: _hardtanh_call,
+    F.gelu: _gelu_call,
+}
