@@ -205,10 +205,17 @@ def _processor() -> str:
         return platform.processor()
 
 
+def _code() -> str:
+    """Kernels and layers as they lie on the disk: what was measured of other ones says nothing about these."""
+    package = Path(__file__).parent
+    files = sorted(file for folder in ("ops", "nn") for file in (package / folder).iterdir() if file.is_file())
+    return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
 class TimingCache:
     """Timings of this machine in one JSON file, `$SPARSE_FT_CACHE` or ~/.cache/sparse_ft.
 
-    The file's name holds the processor, instruction set and versions, so that none of them can mislead. A file
+    The file's name holds the processor, instruction set, versions and code, so that none of them can mislead. A file
     that cannot be read is as good as none: its timings are measured again.
     """
 
@@ -218,7 +225,7 @@ class TimingCache:
         )
         from sparse_ft import __version__
 
-        machine = [_processor(), active_isa(), torch.__version__, __version__, str(_CACHE_VERSION)]
+        machine = [_processor(), active_isa(), torch.__version__, __version__, _code(), str(_CACHE_VERSION)]
         name = hashlib.sha256("|".join(machine).encode()).hexdigest()[:16]
         self.path = Path(folder or default) / f"timings-{name}.json"
         self._timings = self._read()

@@ -403,6 +403,12 @@ class TestAuto:
         sparse_ft.convert(sparsify(small_cnn()), image(8))
         assert timings.trained is True
 
+    def test_other_code_has_timings_of_its_own(self, monkeypatch):
+        before = tune.TimingCache().path
+        assert tune.TimingCache().path == before
+        monkeypatch.setattr(tune, "_code", lambda: "rebuilt")
+        assert tune.TimingCache().path != before
+
     def test_processes_add_to_one_cache(self):
         one, other = tune.TimingCache(), tune.TimingCache()
         layers = [SparseLinear.from_dense(sparsify(nn.Linear(n, 8))) for n in (20, 30)]
