@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from sparse_ft.masks import SparsityReport, sparsity
 from sparse_ft.masks.targets import unwrap
 from sparse_ft.methods import FieldError, Modifier, Training
-from sparse_ft.methods.clock import ExactClock, Phase, SparsemlClock
+from sparse_ft.methods.clock import ExactClock, SparsemlClock
+from sparse_ft.methods.fields import NEVER
 from sparse_ft.methods.pruning import MaskedTargets
 from sparse_ft.recipes import Recipe, RecipeError
 from sparse_ft.recipes.recipe import Compat
@@ -76,7 +77,6 @@ class SparseSession:
         clock = SparsemlClock if self.recipe.compat == "sparseml" else ExactClock
         self.training = Training(model, optimizer, clock(steps_per_epoch, self.total_steps))
         self._modifiers = self.recipe.fresh_modifiers()
-        self._phases = [Phase() for _ in self._modifiers]
         self._in_step = False
         self._check_names()
         self._announce_gradients()
@@ -115,8 +115,8 @@ class SparseSession:
     def settled(self) -> bool:
         """Whether all pruning of the recipe is done, so that the masks stay as they are."""
         return all(
-            phase.ended
-            for modifier, phase in zip(self._modifiers, self._phases, strict=True)
+            modifier.phase.ended or (modifier.phase.started and modifier.timing.end == NEVER)
+            for modifier in self._modifiers
             if isinstance(modifier, MaskedTargets) and modifier.completes
         )
 
@@ -137,7 +137,8 @@ class SparseSession:
             raise RuntimeError("before_step was called twice: call after_step after optimizer.step()")
         self._in_step = True
         training, acted = self.training, False
-        for modifier, phase in zip(self._modifiers, self._phases, strict=True):
+        for modifier in self._modifiers:
+            phase = modifier.phase
             event = training.clock.event(modifier.timing, phase, training.step)
             if not event and not (phase.started and not phase.ended):
                 continue
@@ -145,10 +146,9 @@ class SparseSession:
             with self._blaming(modifier):
                 if event.starts:
                     modifier.start(training)
-                    phase.started = True
                 if event.updates:
                     modifier.update(training)
-                    phase.last_update = training.epoch
+                    phase.started, phase.last_update = True, training.epoch
                 modifier.before_step(training)
                 if event.ends:
                     modifier.end(training)
@@ -162,7 +162,8 @@ class SparseSession:
         self._in_step = False
         training = self.training
         training.masks.apply()
-        for modifier, phase in zip(self._modifiers, self._phases, strict=True):
+        for modifier in self._modifiers:
+            phase = modifier.phase
             if phase.started and not phase.ended:
                 modifier.after_step(training)
                 phase.ended = bool(training.clock.event(modifier.timing, phase, training.step).ends)
@@ -175,8 +176,8 @@ class SparseSession:
         # SparseML masks gradients when all modifiers have had their say, and not before.
         training.masks.dense_gradients = training.sparseml or any(
             modifier.wants_dense_gradients(training, training.step)
-            for modifier, phase in zip(self._modifiers, self._phases, strict=True)
-            if phase.started and not phase.ended
+            for modifier in self._modifiers
+            if modifier.phase.started and not modifier.phase.ended
         )
 
     def apply_masks(self, model: nn.Module) -> None:
@@ -195,8 +196,8 @@ class SparseSession:
         Returns:
             The sparsity of every layer.
         """
-        for modifier, phase in zip(self._modifiers, self._phases, strict=True):
-            missing = "" if phase.ended else modifier.unfinished(self.training)
+        for modifier in self._modifiers:
+            missing = "" if modifier.phase.ended else modifier.unfinished(self.training)
             if missing:
                 logger.warning("training ended at epoch %g, but %s (%s)", self.epoch, missing, modifier.type_name)
         self.training.masks.apply()
@@ -216,8 +217,8 @@ class SparseSession:
             "format": _FORMAT,
             "step": self.step,
             "modifiers": [
-                {"type": modifier.type_name, **phase.state_dict(), "state": modifier.state_dict()}
-                for modifier, phase in zip(self._modifiers, self._phases, strict=True)
+                {"type": modifier.type_name, **modifier.phase.state_dict(), "state": modifier.state_dict()}
+                for modifier in self._modifiers
             ],
             "masks": {
                 f"{modifier.owner}.{name}": mask
@@ -242,7 +243,8 @@ class SparseSession:
         training.masks.remove()
         training.step = int(state["step"])
         self._in_step = False
-        for modifier, phase, entry in zip(self._modifiers, self._phases, entries, strict=True):
+        for modifier, entry in zip(self._modifiers, entries, strict=True):
+            phase = modifier.phase
             phase.started, phase.ended = bool(entry["started"]), bool(entry["ended"])
             phase.last_update = float(entry["last_update"])
             modifier.load_state_dict(entry["state"])

@@ -7,7 +7,7 @@ name that recipes use, and what it does when its time comes. Nothing else has to
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .clock import Clock, Timing
+from .clock import Clock, Phase, Timing
 from .fields import EPOCH, NEVER, Field, FieldError, field, read_fields
 from .training import Training
 
@@ -25,6 +25,7 @@ class Modifier:
     Attributes:
         given: the fields as they were given, without defaults.
         owner: its place in the recipe, under which it holds masks.
+        phase: how far it is in the training.
     """
 
     type_name: ClassVar[str] = ""
@@ -48,6 +49,7 @@ class Modifier:
     def __init__(self, **values: Any):
         self.given = dict(values)
         self.owner = -1
+        self.phase = Phase()
         for name, value in read_fields(self.type_name, self.fields, values).items():
             setattr(self, name, value)
         self.check()

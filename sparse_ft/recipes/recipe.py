@@ -12,6 +12,7 @@ from torch import nn
 
 from sparse_ft.atomic import replacing
 from sparse_ft.methods import FieldError, Modifier, find_modifier
+from sparse_ft.methods.clock import Phase
 from sparse_ft.methods.fields import NEVER
 from sparse_ft.methods.learning_rate import LearningRateModifierBase
 from sparse_ft.methods.pruning import MaskedTargets
@@ -229,7 +230,10 @@ class Recipe:
 
     def fresh_modifiers(self) -> list[Modifier]:
         """Copies of the modifiers for one training, which keep its state."""
-        return [copy.copy(modifier) for modifier in self.modifiers]
+        fresh = [copy.copy(modifier) for modifier in self.modifiers]
+        for modifier in fresh:
+            modifier.phase = Phase()
+        return fresh
 
     def check_supported(self) -> None:
         """Makes sure that all modifiers run here.
