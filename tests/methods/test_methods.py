@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parents[1] / "session"))
 
-from loop import STEPS, batch, make, train, zeros  # noqa: E402
+from loop import STEPS, batch, make, train, zeros
 
 HIDDEN = "params: [hidden]"
 GRADUAL = f"{HIDDEN}, init_sparsity: 0.25, final_sparsity: 0.75, start_epoch: 1, end_epoch: 3, update_frequency: 1"
@@ -22,8 +22,15 @@ def recipe(modifier):
 
 def masks_by_step(text, name="hidden.weight", epochs=4):
     model, optimizer, session = make(recipe(text), epochs=epochs)
+    dense = torch.ones_like(model.get_parameter(name), dtype=torch.bool)
     masks = []
-    train(model, optimizer, session, epochs * STEPS, each=lambda step: masks.append(session.masks[name].clone()))
+    train(
+        model,
+        optimizer,
+        session,
+        epochs * STEPS,
+        each=lambda step: masks.append(session.masks.get(name, dense).clone()),
+    )
     return masks
 
 
