@@ -1,6 +1,6 @@
 """The one place that touches an optimizer's state: momenta and scales of weights that are pruned."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,3 +35,23 @@ def clear(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
     """Zeroes the state of all weights of a parameter."""
     for _, value in elementwise_state(optimizer, parameter):
         value.zero_()
+
+
+@torch.no_grad()
+def exchange(
+    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, carry: Callable[[Tensor], Tensor]
+) -> None:
+    """Puts a parameter into the place of another, with its state.
+
+    Args:
+        carry: gives of a tensor of the old parameter's shape the one of the new parameter's.
+    """
+    inner = inner_optimizer(optimizer)
+    for group in inner.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    state = inner.state.pop(old, None)
+    if state is not None:
+        inner.state[new] = {
+            name: carry(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for name, value in state.items()
+        }

@@ -27,6 +27,7 @@ from sparse_ft.methods import FieldError, Modifier, Training
 from sparse_ft.methods.clock import ExactClock, SparsemlClock
 from sparse_ft.methods.fields import NEVER
 from sparse_ft.methods.pruning import MaskedTargets
+from sparse_ft.methods.targets import dense_shape_of, named_targets
 from sparse_ft.recipes import Recipe, RecipeError
 from sparse_ft.recipes.recipe import Compat
 
@@ -119,6 +120,48 @@ class SparseSession:
             for modifier in self._modifiers
             if isinstance(modifier, MaskedTargets) and modifier.completes
         )
+
+    def acts_within(self, steps: int) -> bool:
+        """Whether so many next steps may change masks, or the next one looks at gradients of pruned weights."""
+        training = self.training
+        return (training.masks.dense_gradients and not training.sparseml) or any(
+            training.clock.event(modifier.timing, modifier.phase, step)
+            for modifier in self._modifiers
+            if isinstance(modifier, MaskedTargets)
+            for step in range(training.step, training.step + steps)
+        )
+
+    @property
+    def convertible(self) -> dict[str, Tensor]:
+        """Masks that may be native patterns while they stand still, by weight name."""
+        return {name: mask for name, mask in self.masks.items() if name not in self._kept_dense}
+
+    @property
+    def _kept_dense(self) -> set[str]:
+        return {
+            name
+            for modifier in self._modifiers
+            if isinstance(modifier, MaskedTargets) and modifier.dense_until_end and not modifier.phase.ended
+            for name in modifier.find_targets(self.training.model)
+        }
+
+    @property
+    def waiting(self) -> set[str]:
+        """Names of weights that a modifier is yet to prune, or is pruning."""
+        return {
+            name
+            for modifier in self._modifiers
+            if isinstance(modifier, MaskedTargets) and modifier.completes and not modifier.phase.ended
+            for name in modifier.find_targets(self.training.model)
+        }
+
+    def rebind(self) -> None:
+        """Goes on with the parameters that layers have after they have changed their form."""
+        targets = named_targets(self.training.model, everything=True)
+        for modifier in self._modifiers:
+            if isinstance(modifier, MaskedTargets) and hasattr(modifier, "targets"):
+                modifier.rebind(targets)
+        self.training.masks.rebind(targets)
 
     def sparsity(self) -> SparsityReport:
         """Sparsity of the model now."""
@@ -267,8 +310,9 @@ def _of_owner(masks: Mapping[str, Tensor], owner: int) -> dict[str, Tensor]:
 def _check_masks(modifier: MaskedTargets, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         target = modifier.targets.get(name)
-        if target is None or target.parameter.shape != mask.shape:
-            found = "no such weight" if target is None else f"shape {tuple(target.parameter.shape)}"
+        shape = None if target is None else dense_shape_of(target)
+        if shape != mask.shape:
+            found = "no such weight" if shape is None else f"shape {tuple(shape)}"
             raise ValueError(f"the state has a mask of {name} of shape {tuple(mask.shape)}, the model has {found}")
 
 

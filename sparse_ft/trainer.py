@@ -38,6 +38,7 @@ from sparse_ft.conversion import ConversionReport, convert, to_dense
 from sparse_ft.hub.save import INFO_FILE, save_pretrained
 from sparse_ft.hub.timm_models import is_timm_model
 from sparse_ft.interrupt import InterruptRequest, TrainingInterrupted
+from sparse_ft.live import LiveForms
 from sparse_ft.masks import mask_state, sparsity
 from sparse_ft.masks.targets import typed_layers
 from sparse_ft.memory import keep_freed_memory
@@ -123,6 +124,7 @@ class SparseTrainer(Trainer):
         self.card = dict(card or {})
         self.recipe = self._load_recipe(recipe or args.recipe)
         self.session: SparseSession | None = None
+        self._live: LiveForms | None = None
         self._kept_masks: dict[str, Tensor] = {}  # of the zeros that the model has before
         self._recipe_masks: dict[str, Tensor] = {}  # at the end of the recipe
         self._checkpoint_session: dict[str, Any] | None = None
@@ -182,6 +184,39 @@ class SparseTrainer(Trainer):
         if self._checkpoint_session is None:
             raise CheckpointError("the checkpoint is of a run without a recipe, which cannot go on with one")
         self.session.load_state_dict(self._checkpoint_session)
+
+    def _start_live_forms(self) -> None:
+        """Lets the layers that the recipe prunes take native form while their masks stand still."""
+        args = self.args
+        self._live = None
+        if self.session is None or args.sparse_policy == "none" or args.device.type != "cpu":
+            return
+        if args.world_size > 1 or (args.sparse_policy == "auto" and (args.bf16 or args.fp16)):
+            if self.recipe is not None and self.recipe.pruned_weights(self.session.training.model):
+                self.announce(
+                    "layers that the recipe prunes train dense: they run natively in one float32 process only"
+                )
+            return
+        self._live = LiveForms(
+            self.session,
+            self._kept_masks,
+            self.example_inputs,
+            policy=args.sparse_policy,
+            min_sparsity=args.min_sparsity,
+            ignore=args.sparse_ignore or (),
+        )
+
+    def _follow_masks(self) -> None:
+        if self._live is None or not self._live.follow():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if self._live.report is not None and self._live.report is not self.conversion_report:
+            self.conversion_report = self._live.report
+            count = len(_native_layers(model))
+            self.announce(f"step {self.state.global_step}: {count} layers run on the native sparse kernels now")
+        if self._frozen is not None:
+            self._frozen.remove()
+        self._frozen = freeze_masks(model, self._kept_masks)
 
     def _end_session(self) -> None:
         if self.session is not None:
@@ -255,6 +290,7 @@ class SparseTrainer(Trainer):
         self._make_sparse()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._start_session(max_steps, train_dataloader, resumes=resume_from_checkpoint is not None)
+        self._start_live_forms()
         return prepared
 
     def _make_sparse(self) -> None:
@@ -277,12 +313,14 @@ class SparseTrainer(Trainer):
 
     def _convert(self, model: nn.Module, chosen: list[str] | None, pruned: Sequence[str]) -> None:
         args = self.args
-        if not self._kept_masks or (args.sparse_policy == "none" and chosen is None):
+        if not (self._kept_masks or chosen) or (args.sparse_policy == "none" and chosen is None):
             return
         if chosen is None and args.sparse_policy == "auto" and (args.bf16 or args.fp16):
             self.announce("mixed precision: the native kernels compute in float32, so every layer stays dense")
             return
-        options: dict[str, Any] = {"min_sparsity": args.min_sparsity, "masks": self._kept_masks}
+        checkpoint = self._checkpoint_state
+        masks = self._kept_masks if checkpoint is None or checkpoint.masks is None else checkpoint.masks
+        options: dict[str, Any] = {"min_sparsity": args.min_sparsity, "masks": masks}
         if chosen is None and args.process_index == 0:
             self.conversion_report = convert(
                 model,
@@ -616,6 +654,7 @@ class _SparseTraining(TrainerCallback):
         if self._acted:
             self._acted = False
             self.trainer._log_layers()
+        self.trainer._follow_masks()
         if self._agreed():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -50,12 +50,9 @@ class DynamicSparsity(MaskedTargets, Scheduled):
         if self.end_epoch == NEVER or self.end_epoch == self.start_epoch:
             raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
 
-    def attach(self, training: Training) -> None:
-        super().attach(training)
-        training.refuse_native(self.targets)
-
     def start(self, training: Training) -> None:
         self.attach(training)
+        training.refuse_native(self.targets)
         self.warn_of_unusual(training)
         weights = {name: target.parameter.detach() for name, target in self.targets.items()}
         masks = masks_from_scores(
@@ -69,6 +66,7 @@ class DynamicSparsity(MaskedTargets, Scheduled):
     def update(self, training: Training) -> None:
         if not self.phase.started:
             return
+        training.refuse_native(self.targets)
         progress = training.clock.progress(self.timing, training.step)
         share = self.init_update_fraction / 2 * (1 + math.cos(math.pi * progress))
         current = training.masks.of(self.owner)

@@ -66,6 +66,7 @@ class MaskedTargets(Modifier):
     ignore: list[str] = field(IGNORED, [], doc="Weights to leave out, by name or `re:` pattern.")
 
     targets: dict[str, Target]
+    dense_until_end: ClassVar[bool] = False  # its weights cannot take native form while it is at work
 
     def find_targets(self, model: nn.Module) -> dict[str, Target]:
         """The weights in the model.
@@ -100,6 +101,10 @@ class MaskedTargets(Modifier):
                 "%s prunes weights that are usually left dense: %s%s; `ignore:` leaves them out",
                 self.type_name, listed, more,
             )  # fmt: skip
+
+    def rebind(self, targets: Mapping[str, Target]) -> None:
+        """Goes on with the parameters that layers have after they have changed their form."""
+        self.targets = {name: targets[name] for name in self.targets}
 
     def resume(self, training: Training) -> None:
         self.attach(training)
@@ -167,7 +172,6 @@ class GradualPruning(MaskedTargets, Scheduled):
 
     def attach(self, training: Training) -> None:
         super().attach(training)
-        training.refuse_native(self.targets)
         self._final = self._final_by_name(training)
 
     def _final_by_name(self, training: Training) -> dict[str, float]:
@@ -199,6 +203,7 @@ class GradualPruning(MaskedTargets, Scheduled):
 
     @torch.no_grad()
     def update(self, training: Training) -> None:
+        training.refuse_native(self.targets)
         scores = self.scores(training)
         masks = masks_from_scores(
             {name: values if values.dtype == torch.float64 else values.float() for name, values in scores.items()},

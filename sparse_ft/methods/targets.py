@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.masks.names import PATTERN_PREFIX, WRAPPER_PREFIX
-from sparse_ft.masks.targets import has_prunable_type, prunable_layers, unwrap
+from sparse_ft.masks.targets import dense_shape, has_prunable_type, prunable_layers, unwrap
 from sparse_ft.nn import SparseModule, is_transformers_conv1d
 
 from .fields import TEXT, Kind
@@ -189,6 +189,11 @@ def unusual_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, str]:
 def is_native(target: Target) -> bool:
     """Whether the parameter is the vector of a native sparse layer's nonzeros."""
     return isinstance(target.module, SparseModule) and target.parameter is target.module.weight
+
+
+def dense_shape_of(target: Target) -> torch.Size:
+    """Shape of the parameter in the state dict."""
+    return dense_shape(target.module) if is_native(target) else target.parameter.shape
 
 
 def zero_fraction(parameters: Iterable[Tensor]) -> float:

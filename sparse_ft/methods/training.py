@@ -41,6 +41,7 @@ class WeightMasks:
         self._clears_state = clears_state
         self._held: dict[str, _Held] = {}
         self._released: list[int] = []
+        self.changes = 0  # how often masks were set or let go
         self.dense_gradients = False  # gradients of this step reach pruned weights, for methods that look at them
 
     def names(self) -> list[str]:
@@ -59,6 +60,7 @@ class WeightMasks:
     @torch.no_grad()
     def hold(self, owner: int, targets: Mapping[str, Target], masks: Mapping[str, Tensor]) -> None:
         """Sets an owner's masks, by weight name; what is newly pruned is zeroed at once."""
+        self.changes += 1
         if owner in self._released:
             self._released.remove(owner)
         for name, mask in masks.items():
@@ -72,6 +74,7 @@ class WeightMasks:
         if not at_once:
             self._released.append(owner)
             return
+        self.changes += 1
         for name, held in list(self._held.items()):
             if held.by_owner.pop(owner, None) is None:
                 continue
@@ -84,6 +87,8 @@ class WeightMasks:
         masks = list(held.by_owner.values())
         held.kept = masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
         held.pruned = ~held.kept
+        if is_native(held.target):
+            return  # its pattern is the mask
         parameter = held.target.parameter
         parameter.data.masked_fill_(held.pruned, 0.0)  # not a product: 0 * inf is NaN, 0 * -1 is -0
         if self._clears_state:
@@ -103,17 +108,30 @@ class WeightMasks:
     def mask_gradients(self) -> None:
         """Zeroes the gradients of pruned weights: the hooks may have let them pass, or an all-reduce come after."""
         for held in self._held.values():
-            if held.target.parameter.grad is not None:
+            if held.target.parameter.grad is not None and not is_native(held.target):
                 held.target.parameter.grad.masked_fill_(held.pruned, 0.0)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Zeroes pruned weights, which some optimizers move without a gradient; then lets go what is released."""
         for held in self._held.values():
+            if is_native(held.target):
+                continue
             held.target.parameter.data.masked_fill_(held.pruned, 0.0)
         for owner in self._released:
             self.release(owner, at_once=True)
         self._released.clear()
+
+    def rebind(self, targets: Mapping[str, Target]) -> None:
+        """Goes on with the parameters that layers have after they have changed their form; by weight name."""
+        for name, held in self._held.items():
+            if held.target.parameter is targets[name].parameter:
+                continue
+            if held.hook is not None:
+                held.hook.remove()
+                held.hook = None
+            held.target = targets[name]
+            self._renew(held)
 
     def remove(self) -> None:
         """Lets all weights go."""

@@ -39,7 +39,7 @@ def batch(step, seed=1):
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-4),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, eps=1e-3),
 }
 
 

@@ -7,10 +7,12 @@ import torch
 from test_resume import ADAMW, SGD, assert_same_run
 from tiny import bert, losses, make_trainer, pruned, resnet, timm_resnet
 from torch import nn
+from transformers import TrainerCallback
 
 from sparse_ft import Recipe, RecipeError, from_pretrained, sparsity
 from sparse_ft.checkpoint import CheckpointError
 from sparse_ft.masks import prunable_layers
+from sparse_ft.nn import SparseModule
 
 
 def gmp(end=3, final=0.8, rates=""):
@@ -33,12 +35,9 @@ RATES = """
 """
 
 
-def targets(model):
-    return [model.get_parameter(name) for name in Recipe.load(gmp()).pruned_weights(model)]
-
-
 def zeros(model):
-    weights = targets(model)
+    state = model.state_dict()  # dense, also of native layers
+    weights = [state[name] for name in Recipe.load(gmp()).pruned_weights(model)]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
@@ -73,6 +72,34 @@ def test_resume_is_exact(tmp_path, make_model, optimizer):
         assert_same_run(resumed, whole)
         assert resumed.masks.keys() == whole.masks.keys()
         assert all(torch.equal(mask, whole.masks[name]) for name, mask in resumed.masks.items())
+
+
+@pytest.mark.parametrize("method", ["GMPruning", "RigLPruning", "ACDCPruning"])
+def test_layers_take_native_form_between_updates_and_resume_exactly(tmp_path, method):
+    fields = {
+        "GMPruning": "init_sparsity: 0.6, final_sparsity: 0.8, update_frequency: 5, start_epoch: 0, end_epoch: 10",
+        "RigLPruning": "final_sparsity: 0.8, update_frequency: 3, start_epoch: 0, end_epoch: 10",
+        "ACDCPruning": "compression_sparsity: 0.8, update_frequency: 3, start_epoch: 0, end_epoch: 12",
+    }
+    params = "params: ['re:.*layer.*dense.weight']"
+    text = f"modifiers:\n  - !{method}Modifier {{{params}, {fields[method]}}}\n"
+    arguments = ADAMW | {"save_strategy": "steps", "save_steps": 7, "recipe": text, "num_train_epochs": 12}
+    forms = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            forms.append(any(isinstance(module, SparseModule) for module in model.modules()))
+
+    whole = make_trainer(bert(), tmp_path, **arguments, trainer_options={"callbacks": [Watch()]})
+    whole.train()
+    assert sum(forms) > 20 and not all(forms[:40])
+    plain = make_trainer(bert(), tmp_path / "plain", **arguments | {"sparse_policy": "none", "save_strategy": "no"})
+    plain.train()
+    assert losses(whole) == pytest.approx(losses(plain), rel=1e-3, abs=1e-4)
+    for step in (7, 21, 28, 42):
+        resumed = make_trainer(bert(seed=1), tmp_path / "again", **arguments)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_run(resumed, whole)
 
 
 def test_learning_rates_of_the_recipe(tmp_path):
@@ -173,8 +200,6 @@ def test_gradients_accumulate(tmp_path):
 
 
 def test_loggers_get_the_layers(tmp_path):
-    from transformers import TrainerCallback
-
     class Collect(TrainerCallback):
         seen: dict[str, list[float]] = {}
 

@@ -55,10 +55,6 @@ class ACDCPruning(MaskedTargets, Scheduled):
         last = max(0, math.ceil(whole / length) - 1)
         return phase >= last or phase % 2 == 1
 
-    def attach(self, training: Training) -> None:
-        super().attach(training)
-        training.refuse_native(self.targets)
-
     def start(self, training: Training) -> None:
         self.attach(training)
         self.warn_of_unusual(training)
@@ -67,6 +63,8 @@ class ACDCPruning(MaskedTargets, Scheduled):
     @torch.no_grad()
     def update(self, training: Training) -> None:
         sparse = self.is_sparse(training.clock, training.step)
+        if sparse != self._sparse:
+            training.refuse_native(self.targets)
         if sparse and not self._sparse:
             training.masks.hold(self.owner, self.targets, training.agree(self._masks()))
         elif self._sparse and not sparse:

@@ -27,14 +27,11 @@ class ConstantPruning(MaskedTargets, Scheduled):
         FLAG, True, doc="Keep the mask after the end. Otherwise pruned weights may train again from the next step on."
     )
 
-    def attach(self, training: Training) -> None:
-        super().attach(training)
-        # Of a native sparse layer the mask is its pattern.
-        self.targets = {name: target for name, target in self.targets.items() if not is_native(target)}
-
     def start(self, training: Training) -> None:
         self.attach(training)
-        masks = {name: target.parameter.detach() != 0 for name, target in self.targets.items()}
+        # Of a native sparse layer the mask is its pattern.
+        dense = {name: target for name, target in self.targets.items() if not is_native(target)}
+        masks = {name: target.parameter.detach() != 0 for name, target in dense.items()}
         empty = [name for name, mask in masks.items() if not mask.any()]
         if empty and not training.sparseml:
             logger.info("%s leaves %s alone: all its weights are zero", self.type_name, ", ".join(empty))
@@ -44,7 +41,8 @@ class ConstantPruning(MaskedTargets, Scheduled):
 
     def before_step(self, training: Training) -> None:
         if training.sparseml:  # which freezes whatever happens to be zero now
-            masks = {name: target.parameter.detach() != 0 for name, target in self.targets.items()}
+            dense = {name: target for name, target in self.targets.items() if not is_native(target)}
+            masks = {name: target.parameter.detach() != 0 for name, target in dense.items()}
             training.masks.hold(self.owner, self.targets, masks)
 
     def end(self, training: Training) -> None:

@@ -19,6 +19,8 @@ class MovementPruning(GradualPruning):
 
     source = "Sanh et al. 2020, arXiv 2005.07683"
 
+    dense_until_end = True  # it looks at every gradient
+
     _sums: dict[str, Tensor]
 
     def start(self, training: Training) -> None:
