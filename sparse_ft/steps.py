@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, fused=True),
 }
 
 

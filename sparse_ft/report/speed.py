@@ -33,7 +33,7 @@ def plot_benchmark(benchmark: Benchmark, path: str | Path) -> None:
     if steps is not None:
         panels = next(rows).subplots(1, 1 + bool(memory), squeeze=False)[0]
         times = dict(sorted(steps.variants.items(), key=lambda item: item[1]))
-        ratios = {name: "" if name == "sparse" else f"  (× {ms / steps.sparse_ms:.2f})" for name, ms in times.items()}
+        ratios = {name: "" if name == "sparse" else f"  ({ms / steps.sparse_ms:.2f} × sparse)" for name, ms in times.items()}
         _variant_bars(panels[0], "training step, ms", times, lambda name: f"{times[name]:,.0f}{ratios[name]}")
         if memory:
             peaks = {name: memory[name].peak / 2**20 for name in times if name in memory}
@@ -63,7 +63,7 @@ def _variant_bars(axes: Axes, title: str, values: dict[str, float], label: Calla
     bars = axes.barh(range(len(values)), list(values.values()), 0.7, color=colours)
     axes.bar_label(bars, [label(name) for name in values], padding=3, fontsize=8)
     axes.set_yticks(range(len(values)), list(values), fontsize=9)
-    axes.set_xlim(0, 1.3 * max(values.values()))
+    axes.set_xlim(0, 1.45 * max(values.values()))
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
     _plain(axes)
