@@ -33,8 +33,8 @@ def plot_benchmark(benchmark: Benchmark, path: str | Path) -> None:
     if steps is not None:
         panels = next(rows).subplots(1, 1 + bool(memory), squeeze=False)[0]
         times = dict(sorted(steps.variants.items(), key=lambda item: item[1]))
-        ratios = {name: "" if name == "sparse" else f"  ({ms / steps.sparse_ms:.2f} × sparse)" for name, ms in times.items()}
-        _variant_bars(panels[0], "training step, ms", times, lambda name: f"{times[name]:,.0f}{ratios[name]}")
+        ratios = {name: f"  ({ms / steps.sparse_ms:.2f} × sparse)" for name, ms in times.items() if name != "sparse"}
+        _variant_bars(panels[0], "training step, ms", times, lambda name: f"{times[name]:,.0f}{ratios.get(name, '')}")
         if memory:
             peaks = {name: memory[name].peak / 2**20 for name in times if name in memory}
             _variant_bars(panels[1], "peak resident memory, MB", peaks, lambda name: f"{peaks[name]:,.0f}")
