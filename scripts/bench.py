@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reuse",
         action="store_true",
-        help="keep what --json has from earlier; without --only, measure only what it lacks",
+        help="keep what --json has from earlier, of the same code; without --only, measure only what it lacks",
     )
     parser.add_argument("--markdown", type=Path, help="write the tables of all results")
     parser.add_argument("--page", type=Path, help="fill the tables of all cases into this page")
