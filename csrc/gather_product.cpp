@@ -7,7 +7,7 @@
 #include <omp.h>
 #include <utility>
 
-#include "panel.h"
+#include "depthwise.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -208,7 +208,9 @@ class GatherProduct {
 
 }  // namespace
 
-const char* gather_product(const Product& product) { return GatherProduct(product).run(); }
+const char* gather_product(const Product& product) {
+    return is_depthwise(product) ? Depthwise(product).run() : GatherProduct(product).run();
+}
 
 }  // namespace SPARSE_FT_ISA
 }  // namespace sparse_ft

@@ -18,8 +18,7 @@ namespace {
 
 constexpr int64_t kGatherRows = 28;             // accumulators; the other four registers hold source vectors
 constexpr int64_t kBandRows = 4 * kGatherRows;  // staged before they go to a channels-last destination: whole lines
-constexpr int64_t kBypassBytes = 4 << 20;
-constexpr int64_t kChunkNonzeros = 2048;  // of one chunk, whose code then fits the first-level instruction cache
+constexpr int64_t kChunkNonzeros = 2048;        // of one chunk, whose code then fits the first-level instruction cache
 
 // x, values: of the chunk; out_row: bytes from a row's lanes to the next row's; bias: of the chunk's rows.
 using GatherCode = void (*)(const float* x, const float* values, float* out, int64_t vectors, int64_t x_step,
@@ -173,9 +172,7 @@ class GeneratedGather {
     explicit GeneratedGather(const Product& product) : q(product), g(product.geometry) {
         for (int64_t i = 0; i < q.plane_count; ++i) tilings.emplace_back(g, q.planes[i], limits());
         split_work();
-        int64_t positions = 0;
-        for (int64_t i = 0; i < q.plane_count; ++i) positions += q.planes[i].height * q.planes[i].width;
-        bypass = q.dest.n == 1 && positions * g.batch * g.groups * g.rows_per_group * 4 > kBypassBytes;
+        bypass = q.dest.n == 1 && result_bytes(q) > kBypassBytes;
     }
 
     // False if there is no program, for the reason in `problem` if that is not null.
@@ -208,7 +205,7 @@ class GeneratedGather {
             thread_local Scratch panel_scratch, stage_scratch;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < items.back(); ++i) compute(i, values, panel_scratch, stage_scratch);
-            _mm_sfence();  // stores around the caches are seen by whoever comes next
+            if (bypass) finish_stores_around();
         }
     }
 
@@ -303,7 +300,7 @@ class GeneratedGather {
             return;
         }
         int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) _mm512_stream_ps(to + i, __m512(load(from + i)));
+        for (; i + kLanes <= count; i += kLanes) store_around(to + i, load(from + i));
         std::memcpy(to + i, from + i, size_t(count - i) * sizeof(float));
     }
 

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <omp.h>
 
-#include "panel.h"
+#include "depthwise.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -176,7 +176,9 @@ class SampledProduct {
 
 }  // namespace
 
-const char* sampled_product(const Product& product) { return SampledProduct(product).run(); }
+const char* sampled_product(const Product& product) {
+    return is_depthwise(product) ? Depthwise(product).run() : SampledProduct(product).run();
+}
 
 }  // namespace SPARSE_FT_ISA
 }  // namespace sparse_ft

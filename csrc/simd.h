@@ -3,6 +3,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -23,6 +26,30 @@ typedef float vec8_u __attribute__((vector_size(32), aligned(4), may_alias));
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec_u*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_u*>(p) = v; }
+// The first `count` floats at p; the other lanes are 0.
+inline vec load_some(const float* p, int count) {
+    vec v = {};
+    std::memcpy(&v, p, size_t(count) * sizeof(float));
+    return v;
+}
+
+// Stores a whole, aligned vector to memory around the caches. Where there is no such store, an ordinary one.
+inline void store_around(float* p, vec v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, __m512(v));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, __m256(v));
+#else
+    store(p, v);
+#endif
+}
+// To be called by every thread that did so, before others read what it stored.
+inline void finish_stores_around() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 inline vec splat(float x) { return x - vec{}; }
 
 // The first `count` lanes of v; the others become +0 (also when they hold NaN).

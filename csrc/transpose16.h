@@ -1,7 +1,5 @@
 // Transposes of 16 x 16 floats in registers, for sources and destinations whose channels are contiguous.
 #pragma once
-#include <immintrin.h>
-
 #include "simd.h"
 
 namespace sparse_ft {

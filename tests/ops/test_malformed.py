@@ -181,8 +181,8 @@ def test_batch_norm_and_layout():
         lambda: ops.batch_norm(x, None, None, three, None, 1e-5),
         lambda: ops.batch_norm(x, None, None, torch.ones(2), three, 1e-5),
         lambda: ops.batch_norm(x[0], None, None, None, None, 1e-5),
-        lambda: ops.batch_norm_backward(x[:1], x, None, three, three, True),
-        lambda: ops.batch_norm_backward(x, x, None, torch.ones(1), three, True),
+        lambda: ops.batch_norm_backward(x[:1], x, None, None, three, three, None, None, 0, True),
+        lambda: ops.batch_norm_backward(x, x, None, None, torch.ones(1), three, None, None, 0, True),
         lambda: ops.to_layout(x, 3),
         lambda: ops.to_layout(x[0], 1),
     ):
