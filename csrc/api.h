@@ -78,6 +78,26 @@ struct Norm {
     int threads;
 };
 
+// Pooling windows along one axis: window o covers positions first[o] + t * step, low[o] <= t < high[o] <= taps, all of
+// them within `size`. An average weighs them by scale[o].
+struct Windows {
+    int64_t size, count;
+    int32_t step, taps;
+    const int32_t *first, *low, *high;
+    const float* scale;
+};
+
+struct Pool {  // over a batch-last activation; the maximum where `chosen` is given, otherwise the weighted sum
+    int64_t batch, channels;
+    Windows y, x;
+    const float* input;
+    float* output;
+    uint8_t* chosen;  // number of the tap (ty * x.taps + tx) that each maximum came from
+    const float* grad;
+    float* grad_input;
+    int threads;
+};
+
 struct Transpose {  // to[b][j][i] = from[b][i][j], i < rows, j < cols; strides in floats
     const float* from;
     float* to;
@@ -96,6 +116,8 @@ struct Kernels {
     const char* (*sampled_product)(const Product&);
     void (*norm_forward)(const Norm&);
     void (*norm_backward)(const Norm&);
+    void (*pool_forward)(const Pool&);
+    void (*pool_backward)(const Pool&);
     void (*transpose)(const Transpose&);
     double (*fma_peak)(double seconds);                      // GF/s of one thread: FMA from registers
     double (*load_fma_peak)(int64_t bytes, double seconds);  // one vector load per FMA over a buffer of `bytes`

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -166,6 +167,40 @@ PatternShape pattern_shape(const Convolution& c) {
             c.stride[1], c.padding[0], c.padding[1], c.dilation[0], c.dilation[1]};
 }
 
+// Pooling windows along one axis, as Python holds them.
+struct PoolAxis {
+    std::vector<int32_t> first, low, high;
+    std::vector<float> scale;
+    Windows windows;
+
+    // Windows of `taps` positions at a distance of `step`, clipped to the axis.
+    PoolAxis(int64_t size, std::vector<int32_t> starts, int32_t taps, int32_t step, std::vector<float> scales)
+        : first(std::move(starts)), scale(std::move(scales)) {
+        require(size >= 0 && size <= INT32_MAX && taps >= 1 && taps <= (1 << 20) && step >= 1 && step <= (1 << 20),
+                "a pooling window is out of range");
+        for (int64_t start : first) {
+            int64_t begin = 0, end = 0;
+            while (begin < taps && start + begin * step < 0) ++begin;
+            for (end = begin; end < taps && start + end * step < size;) ++end;
+            low.push_back(int32_t(begin));
+            high.push_back(int32_t(end));
+        }
+        windows = {size, int64_t(first.size()), step, taps, first.data(), low.data(), high.data(), scale.data()};
+    }
+    // Windows that each end where `ends` says.
+    PoolAxis(int64_t size, std::vector<int32_t> starts, const std::vector<int32_t>& ends, std::vector<float> scales)
+        : first(std::move(starts)), scale(std::move(scales)) {
+        require(first.size() == ends.size() && first.size() == scale.size(), "pooling windows of different counts");
+        for (size_t i = 0; i < first.size(); ++i) {
+            require(first[i] >= 0 && first[i] <= ends[i] && ends[i] <= size, "a pooling window is out of range");
+            low.push_back(0);
+            high.push_back(ends[i] - first[i]);
+        }
+        windows = {size, int64_t(first.size()), 1, 1, first.data(), low.data(), high.data(), scale.data()};
+    }
+    PoolAxis(const PoolAxis&) = delete;  // the windows point into it
+};
+
 Activation activation_of(int code) {
     require(code >= 0 && code <= int(Activation::kGeluTanh), "no such activation");
     return Activation(code);
@@ -275,6 +310,37 @@ PYBIND11_MODULE(_native, m) {
               py::gil_scoped_release release;
               active_kernels().norm_backward(q);
           });
+    py::class_<PoolAxis>(m, "PoolAxis")
+        .def(py::init([](int64_t size, std::vector<int32_t> first, int32_t taps, int32_t step) {
+            return std::make_unique<PoolAxis>(size, std::move(first), taps, step, std::vector<float>());
+        }))
+        .def(py::init(
+            [](int64_t size, std::vector<int32_t> first, const std::vector<int32_t>& end, std::vector<float> scale) {
+                return std::make_unique<PoolAxis>(size, std::move(first), end, std::move(scale));
+            }));
+    m.def("pool_forward", [](const PoolAxis& y, const PoolAxis& x, int64_t batch, int64_t channels, Address input,
+                             Address output, Address chosen, int threads) {
+        const Pool q{
+            batch,   channels, y.windows, x.windows, at<const float>(input), at<float>(output), at<uint8_t>(chosen),
+            nullptr, nullptr,  threads};
+        py::gil_scoped_release release;
+        active_kernels().pool_forward(q);
+    });
+    m.def("pool_backward", [](const PoolAxis& y, const PoolAxis& x, int64_t batch, int64_t channels, Address grad,
+                              Address chosen, Address grad_input, int threads) {
+        const Pool q{batch,
+                     channels,
+                     y.windows,
+                     x.windows,
+                     nullptr,
+                     nullptr,
+                     at<uint8_t>(chosen),
+                     at<const float>(grad),
+                     at<float>(grad_input),
+                     threads};
+        py::gil_scoped_release release;
+        active_kernels().pool_backward(q);
+    });
     m.def("transpose", [](Address from, Address to, Two batch, Two size, std::array<int64_t, 3> from_stride,
                           std::array<int64_t, 3> to_stride, int threads) {
         const Transpose q{

@@ -3,6 +3,7 @@
 #include "gather_product.cpp"
 #include "layout.cpp"
 #include "norm.cpp"
+#include "pool.cpp"
 #include "roofs.cpp"
 #include "sampled_product.cpp"
 #if defined(__AVX512F__)
@@ -25,6 +26,8 @@ const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
                                sampled_product,
                                norm_forward,
                                norm_backward,
+                               pool_forward,
+                               pool_backward,
                                transpose_batches,
                                fma_peak,
                                load_fma_peak};

@@ -18,14 +18,6 @@ namespace {
 
 constexpr int64_t kChunk = 2048;  // floats summed in single precision before they join a double
 
-// step(i, count) for each vector of a channel; count is a constant but for the last.
-template <class Step>
-inline void each_vector(int64_t size, Step step) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) step(i, kLanes);
-    if (i < size) step(i, int(size - i));
-}
-
 // Sums over a channel, in double, of the two vectors that terms(i, count, &a, &b) adds to.
 template <class Terms>
 void two_sums(int64_t size, Terms terms, double* a, double* b) {

@@ -6,11 +6,15 @@ from sparse_ft.nn.frozen import FrozenMasks, freeze_masks
 from sparse_ft.nn.linear import SparseLinear, is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
 from sparse_ft.nn.norm import LayoutNorm, LayoutNormAct
+from sparse_ft.nn.pooling import LayoutAdaptiveAvgPool, LayoutAvgPool, LayoutMaxPool
 from sparse_ft.nn.stock import follow_layout, restore_stock, stock_type
 
 __all__ = [
     "FrozenMasks",
+    "LayoutAdaptiveAvgPool",
+    "LayoutAvgPool",
     "LayoutConv",
+    "LayoutMaxPool",
     "LayoutNorm",
     "LayoutNormAct",
     "SparseConv2d",

@@ -1,6 +1,7 @@
 """The native core (csrc/bindings.cpp): addresses and sizes in, ValueError out."""
 
 from collections.abc import Sequence
+from typing import overload
 
 _Sizes = Sequence[int]
 
@@ -42,6 +43,19 @@ def norm_backward(
     mean: int, rstd: int, training: bool, grad_x: int, grad_residual: int, grad_weight: int, grad_bias: int,
     threads: int,
 ) -> None: ...  # fmt: skip
+
+class PoolAxis:
+    @overload
+    def __init__(self, size: int, first: _Sizes, taps: int, step: int) -> None: ...
+    @overload
+    def __init__(self, size: int, first: _Sizes, end: _Sizes, scale: Sequence[float]) -> None: ...
+
+def pool_forward(
+    y: PoolAxis, x: PoolAxis, batch: int, channels: int, input: int, output: int, chosen: int, threads: int
+) -> None: ...
+def pool_backward(
+    y: PoolAxis, x: PoolAxis, batch: int, channels: int, grad: int, chosen: int, grad_input: int, threads: int
+) -> None: ...
 def transpose(
     source: int, dest: int, batch: _Sizes, size: _Sizes, from_stride: _Sizes, to_stride: _Sizes, threads: int
 ) -> None: ...

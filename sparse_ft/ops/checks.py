@@ -97,6 +97,21 @@ def check_activation(activation: int) -> None:
         raise ValueError(f"activation must be one of {list(map(int, Activation))} (see Activation), not {activation}")
 
 
+def check_windows(shape, rows, columns, kernel, dilation) -> None:
+    """Windows of a maximum: each has a position within the input, and a tap's number fits into a byte.
+
+    Raises:
+        ValueError: where one has none, or the kernel has more than 255 taps.
+    """
+    if len(kernel) != 2 or len(dilation) != 2 or min(*kernel, *dilation) < 1 or kernel[0] * kernel[1] > 255:
+        raise ValueError(f"a pooling kernel has 1 to 255 taps, got {kernel} with dilation {dilation}")
+    for size, starts, taps, step in zip(shape[2:], (rows, columns), kernel, dilation, strict=True):
+        for first in starts:
+            inside = max(0, -(first // step))  # the first tap within
+            if inside >= taps or first + inside * step >= size:
+                raise ValueError(f"a pooling window that starts at {first} lies outside an input of {size}")
+
+
 @functools.lru_cache(maxsize=4096)
 def check_geometry(weight_shape: tuple, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> None:
     """A convolution's numbers, as far as the arithmetic on shapes needs it; the core has limits of its own.

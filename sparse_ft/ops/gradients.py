@@ -117,6 +117,36 @@ def _batch_norm(x, weight, bias, mean, variance, eps, residual=None, activation=
     return _BatchNorm.apply(x, weight, bias, mean, variance, eps, residual, activation, training)
 
 
+class _MaxPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *windows):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, chosen = _ops.max_pool2d.default(x, *windows)
+        ctx.mark_non_differentiable(chosen)
+        ctx.save_for_backward(chosen)
+        ctx.windows, ctx.input_shape = windows, x.shape
+        return y, chosen
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (chosen,) = ctx.saved_tensors
+        grad_x = _ops.max_pool2d_backward.default(grad, chosen, *ctx.windows, list(ctx.input_shape))
+        return grad_x, *[None] * len(ctx.windows)
+
+
+class _AvgPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *windows):
+        ctx.windows, ctx.input_shape = windows, x.shape
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.avg_pool2d.default(x, *windows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = _ops.avg_pool2d_backward.default(grad, *ctx.windows, list(ctx.input_shape))
+        return grad_x, *[None] * len(ctx.windows)
+
+
 class _ToLayout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layout):
@@ -160,6 +190,8 @@ def register(library: torch.library.Library, gradient_operators: list[str]) -> N
         ("linear", _Linear.apply),
         ("conv2d", _Conv2d.apply),
         ("batch_norm", _batch_norm),
+        ("max_pool2d", _MaxPool2d.apply),
+        ("avg_pool2d", _AvgPool2d.apply),
         ("to_layout", _ToLayout.apply),
     ):
         library.impl(name, function, "Autograd")

@@ -279,4 +279,40 @@ def batch_norm_backward(
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=4096)
+def _max_axis(size: int, first: tuple, taps: int, step: int) -> _native.PoolAxis:
+    return _native.PoolAxis(size, first, taps, step)
+
+
+@functools.lru_cache(maxsize=4096)
+def _average_axis(size: int, first: tuple, end: tuple, scale: tuple) -> _native.PoolAxis:
+    return _native.PoolAxis(size, first, end, scale)
+
+
+def max_axes(shape, rows, columns, kernel, dilation) -> tuple[_native.PoolAxis, _native.PoolAxis]:
+    return (
+        _max_axis(shape[2], tuple(rows), kernel[0], dilation[0]),
+        _max_axis(shape[3], tuple(columns), kernel[1], dilation[1]),
+    )
+
+
+def average_axes(shape, rows, row_ends, row_scale, columns, column_ends, column_scale):
+    return (
+        _average_axis(shape[2], tuple(rows), tuple(row_ends), tuple(row_scale)),
+        _average_axis(shape[3], tuple(columns), tuple(column_ends), tuple(column_scale)),
+    )
+
+
+def pool(x: Tensor, axes, y: Tensor, chosen: Tensor | None) -> None:
+    threads = _threads(2 * (x.numel() + y.numel()))
+    n, c = x.shape[:2]
+    _native.pool_forward(axes[0], axes[1], n, c, x.data_ptr(), y.data_ptr(), _pointer(chosen), threads)
+
+
+def pool_backward(grad: Tensor, axes, chosen: Tensor | None, grad_x: Tensor) -> None:
+    threads = _threads(2 * (grad.numel() + grad_x.numel()))
+    n, c = grad.shape[:2]
+    _native.pool_backward(axes[0], axes[1], n, c, grad.data_ptr(), _pointer(chosen), grad_x.data_ptr(), threads)
+
+
 __all__ = ["CHANNELS_LAST", "activate_isa", "active_isa", "available_isas", "native_reason"]

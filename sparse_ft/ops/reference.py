@@ -109,3 +109,54 @@ def batch_norm_backward(
         wide = wide - (grad_bias.view(_PER_CHANNEL) + xhat * grad_weight.view(_PER_CHANNEL)) / count
     grad_x = (wide * scale.view(_PER_CHANNEL)).to(x.dtype)
     return grad_x, grad_weight.to(mean.dtype), grad_bias.to(mean.dtype), grad_residual
+
+
+def _covered(first: int, taps: int, step: int, size: int) -> list[tuple[int, int]]:
+    """(tap, position) of a window, as far as it lies within the axis."""
+    return [(t, first + t * step) for t in range(taps) if 0 <= first + t * step < size]
+
+
+def max_pool2d(x, rows, columns, kernel, dilation) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:2], len(rows), len(columns))
+    chosen = torch.empty(y.shape, dtype=torch.uint8, device=x.device)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            covered = [
+                (ty * kernel[1] + tx, x[:, :, py, px])
+                for ty, py in _covered(row, kernel[0], dilation[0], x.shape[2])
+                for tx, px in _covered(column, kernel[1], dilation[1], x.shape[3])
+            ]
+            y[:, :, i, j], best = torch.stack([value for _, value in covered]).max(0)
+            chosen[:, :, i, j] = torch.tensor([tap for tap, _ in covered], dtype=torch.uint8, device=x.device)[best]
+    return y, chosen
+
+
+def max_pool2d_backward(grad, chosen, rows, columns, kernel, dilation, input_shape) -> Tensor:
+    grad_x = grad.new_zeros(tuple(input_shape))
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            for ty, py in _covered(row, kernel[0], dilation[0], input_shape[2]):
+                for tx, px in _covered(column, kernel[1], dilation[1], input_shape[3]):
+                    own = chosen[:, :, i, j] == ty * kernel[1] + tx
+                    grad_x[:, :, py, px] += torch.where(own, grad[:, :, i, j], 0.0)
+    return grad_x
+
+
+def _averaging(x: Tensor, size: int, first, end, scale) -> Tensor:
+    """(windows, size): an axis' windows as a matrix."""
+    matrix = torch.zeros(len(first), size, dtype=_wide(x).dtype, device=x.device)
+    for row, start, stop, factor in zip(matrix, first, end, scale, strict=True):
+        row[start:stop] = factor
+    return matrix
+
+
+def avg_pool2d(x, rows, row_ends, row_scale, columns, column_ends, column_scale) -> Tensor:
+    vertical = _averaging(x, x.shape[2], rows, row_ends, row_scale)
+    horizontal = _averaging(x, x.shape[3], columns, column_ends, column_scale)
+    return torch.einsum("oh,nchw,pw->ncop", vertical, _wide(x), horizontal).to(x.dtype)
+
+
+def avg_pool2d_backward(grad, rows, row_ends, row_scale, columns, column_ends, column_scale, input_shape) -> Tensor:
+    vertical = _averaging(grad, input_shape[2], rows, row_ends, row_scale)
+    horizontal = _averaging(grad, input_shape[3], columns, column_ends, column_scale)
+    return torch.einsum("oh,ncop,pw->nchw", vertical, _wide(grad), horizontal).to(grad.dtype)

@@ -8,6 +8,9 @@
     batch_norm        (N, C, H, W) -> y = activation(norm(x) + residual), mean, 1/std, biased variance; measures the
                       statistics unless `mean` and `variance` are given; `training` says that they are x's own
     batch_norm_statistics   (N, C, H, W) -> mean, biased variance
+    max_pool2d        (N, C, H, W) -> y, number of the tap that each value came from (uint8); windows start at `rows`
+                      and `columns` and are clipped to the input
+    avg_pool2d        (N, C, H, W) -> sums over [rows, row_ends) x [columns, column_ends), scaled
     to_layout         a copy in another memory layout
     *_input_grad, *_weight_grad, batch_norm_backward    their gradients, operators too
 
@@ -27,12 +30,15 @@ from sparse_ft.ops.checks import (
     check_layout,
     check_same_shape,
     check_weight,
+    check_windows,
 )
 from sparse_ft.ops.layout import BATCH_LAST, empty, is_batch_last
 from sparse_ft.ops.native import native_reason
 
 _library = torch.library.Library("sparse_ft", "DEF")
 _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
+_MAXIMUM = "int[] rows, int[] columns, int[] kernel, int[] dilation"
+_AVERAGE = "int[] rows, int[] row_ends, float[] row_scale, int[] columns, int[] column_ends, float[] column_scale"
 _LINEAR = "int in_features, int out_features"
 
 for _schema in (
@@ -47,6 +53,10 @@ for _schema in (
     "batch_norm_statistics(Tensor x) -> (Tensor, Tensor)",
     "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
     " Tensor? residual, Tensor? output, int activation, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"max_pool2d(Tensor x, {_MAXIMUM}) -> (Tensor, Tensor)",
+    f"max_pool2d_backward(Tensor grad, Tensor chosen, {_MAXIMUM}, SymInt[] input_shape) -> Tensor",
+    f"avg_pool2d(Tensor x, {_AVERAGE}) -> Tensor",
+    f"avg_pool2d_backward(Tensor grad, {_AVERAGE}, SymInt[] input_shape) -> Tensor",
     "to_layout(Tensor x, int layout) -> Tensor",
 ):
     _library.define(_schema)
@@ -227,6 +237,53 @@ def _residual_shape(x, residual, output):
     return x.shape if residual is not None or output is not None else (0, 0, 0, 0)
 
 
+def _max_pool2d(x, rows, columns, kernel, dilation):
+    check_image("the input", x.shape)
+    check_windows(x.shape, rows, columns, kernel, dilation)
+    if native_reason(x) or x.numel() == 0:
+        y, chosen = reference.max_pool2d(x, rows, columns, kernel, dilation)
+        return _batch_last(y), _batch_last(chosen)
+    x = native.as_batch_last(x)
+    y = empty((*x.shape[:2], len(rows), len(columns)), BATCH_LAST, x)
+    chosen = torch.empty_like(y, dtype=torch.uint8)
+    native.pool(x, native.max_axes(x.shape, rows, columns, kernel, dilation), y, chosen)
+    return y, chosen
+
+
+def _max_pool2d_backward(grad, chosen, rows, columns, kernel, dilation, input_shape):
+    check_windows(input_shape, rows, columns, kernel, dilation)
+    check_same_shape("the gradient", grad, (*input_shape[:2], len(rows), len(columns)))
+    check_same_shape("the choice", chosen, grad.shape)
+    if native_reason(grad) or grad.numel() == 0:
+        return _batch_last(reference.max_pool2d_backward(grad, chosen, rows, columns, kernel, dilation, input_shape))
+    grad, chosen, grad_x = native.as_batch_last(grad), _batch_last(chosen), empty(input_shape, BATCH_LAST, grad)
+    native.pool_backward(grad, native.max_axes(input_shape, rows, columns, kernel, dilation), chosen, grad_x)
+    return grad_x
+
+
+def _avg_pool2d(x, rows, row_ends, row_scale, columns, column_ends, column_scale):
+    check_image("the input", x.shape)
+    windows = (rows, row_ends, row_scale, columns, column_ends, column_scale)
+    axes = native.average_axes(x.shape, *windows)
+    if native_reason(x) or x.numel() == 0:
+        return _batch_last(reference.avg_pool2d(x, *windows))
+    x = native.as_batch_last(x)
+    y = empty((*x.shape[:2], len(rows), len(columns)), BATCH_LAST, x)
+    native.pool(x, axes, y, None)
+    return y
+
+
+def _avg_pool2d_backward(grad, rows, row_ends, row_scale, columns, column_ends, column_scale, input_shape):
+    windows = (rows, row_ends, row_scale, columns, column_ends, column_scale)
+    axes = native.average_axes(input_shape, *windows)
+    check_same_shape("the gradient", grad, (*input_shape[:2], len(rows), len(columns)))
+    if native_reason(grad) or grad.numel() == 0:
+        return _batch_last(reference.avg_pool2d_backward(grad, *windows, input_shape))
+    grad, grad_x = native.as_batch_last(grad), empty(input_shape, BATCH_LAST, grad)
+    native.pool_backward(grad, axes, None, grad_x)
+    return grad_x
+
+
 def _to_layout(x, layout):
     check_image("the input", x.shape)
     check_layout(layout)
@@ -243,6 +300,10 @@ _IMPLEMENTATIONS = {
     "batch_norm": _batch_norm,
     "batch_norm_statistics": _batch_norm_statistics,
     "batch_norm_backward": _batch_norm_backward,
+    "max_pool2d": _max_pool2d,
+    "max_pool2d_backward": _max_pool2d_backward,
+    "avg_pool2d": _avg_pool2d,
+    "avg_pool2d_backward": _avg_pool2d_backward,
     "to_layout": _to_layout,
 }
 for _name, _function in _IMPLEMENTATIONS.items():
@@ -310,6 +371,27 @@ def _(grad, x, weight, bias, mean, rstd, residual, output, activation, training)
         mean.new_empty(channels),
         empty(_residual_shape(x, residual, output), BATCH_LAST, x),
     )
+
+
+@torch.library.register_fake("sparse_ft::max_pool2d")
+def _(x, rows, columns, kernel, dilation):
+    y = empty((*x.shape[:2], len(rows), len(columns)), BATCH_LAST, x)
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+@torch.library.register_fake("sparse_ft::max_pool2d_backward")
+def _(grad, chosen, rows, columns, kernel, dilation, input_shape):
+    return empty(input_shape, BATCH_LAST, grad)
+
+
+@torch.library.register_fake("sparse_ft::avg_pool2d")
+def _(x, rows, row_ends, row_scale, columns, column_ends, column_scale):
+    return empty((*x.shape[:2], len(rows), len(columns)), BATCH_LAST, x)
+
+
+@torch.library.register_fake("sparse_ft::avg_pool2d_backward")
+def _(grad, rows, row_ends, row_scale, columns, column_ends, column_scale, input_shape):
+    return empty(input_shape, BATCH_LAST, grad)
 
 
 @torch.library.register_fake("sparse_ft::to_layout")

@@ -8,7 +8,9 @@ from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, Activation
 
 GEOMETRY = ((2, 1), (1, 0, 1, 2), (1, 1), 2)
 SHAPE = (4, 3, 3, 3)
-DIFFERENTIABLE = ("linear", "conv2d", "batch_norm", "to_layout")
+MAXIMUM = ([-1, 1, 3], [0, 2], (2, 3), (2, 1))
+AVERAGE = ([0, 2], [4, 6], [0.25, 0.25], [0, 1, 4], [1, 4, 5], [1.0, 0.5, 1.0])
+DIFFERENTIABLE = ("linear", "conv2d", "batch_norm", "max_pool2d", "avg_pool2d", "to_layout")
 
 
 def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
@@ -53,13 +55,20 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
             (leaf(*image), leaf(*image), None, None, mean, variance, None, leaf(*image), 1, False),
             (leaf(*image), leaf(*image), leaf(6), None, mean, variance, leaf(*image), None, 3, True),
         ],
+        "max_pool2d": [(leaf(*image), *MAXIMUM)],
+        "max_pool2d_backward": [
+            (leaf(3, 6, 3, 2), torch.tensor([1, 2, 4] * 36, dtype=torch.uint8).view(3, 6, 3, 2), *MAXIMUM, list(image))
+        ],
+        "avg_pool2d": [(leaf(*image), *AVERAGE)],
+        "avg_pool2d_backward": [(leaf(3, 6, 2, 3), *AVERAGE, list(image))],
         "to_layout": [(leaf(*image), layout) for layout in (CONTIGUOUS, CHANNELS_LAST, BATCH_LAST)],
     }[name]
 
 
 NAMES = [
     "linear", "linear_input_grad", "linear_weight_grad", "conv2d", "conv2d_input_grad", "conv2d_weight_grad",
-    "batch_norm", "batch_norm_statistics", "batch_norm_backward", "to_layout",
+    "batch_norm", "batch_norm_statistics", "batch_norm_backward",
+    "max_pool2d", "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
 ]  # fmt: skip
 
 
@@ -108,4 +117,4 @@ def test_backends_agree(isa):
             wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
             got, want = (getattr(torch.ops.sparse_ft, name)(*a) for a in (args, wide))
             for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True):
-                torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
