@@ -10,6 +10,7 @@
 
 #include "activation.h"
 #include "api.h"
+#include "each_vector.h"
 #include "simd.h"
 
 namespace sparse_ft {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "api.h"
+#include "each_vector.h"
 #include "simd.h"
 
 namespace sparse_ft {

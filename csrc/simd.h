@@ -73,14 +73,6 @@ inline void store(float* p, vec v, int count) {
     std::memcpy(p, &v, size_t(count) * sizeof(float));
 }
 
-// step(i, count) for each vector of a run; count is a constant but for the last.
-template <class Step>
-inline void each_vector(int64_t size, Step step) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) step(i, kLanes);
-    if (i < size) step(i, int(size - i));
-}
-
 inline float sum(vec v) {
     float total = 0;
     for (int i = 0; i < kLanes; ++i) total += v[i];
