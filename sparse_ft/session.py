@@ -13,8 +13,9 @@ session.finalize()
 ```
 """
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class SparseSession:
         optimizer: that of the training. Its state is kept at zero wherever a weight is pruned.
         steps_per_epoch: optimizer steps of an epoch (batches / accumulated batches, rounded up).
         total_steps: of the whole training; `max_epochs * steps_per_epoch` if it is not given.
+        teacher: what modifiers that distil learn from: a model, "self" for a copy of the model as it is now, or
+            "disable" to leave such modifiers out.
         recipe_args, compat, ignore_unknown: see `Recipe.load`.
 
     Attributes:
@@ -65,6 +68,7 @@ class SparseSession:
         steps_per_epoch: int,
         *,
         total_steps: int | None = None,
+        teacher: nn.Module | str | None = None,
         recipe_args: str | Mapping[str, Any] | None = None,
         compat: Compat = None,
         ignore_unknown: bool = False,
@@ -80,6 +84,8 @@ class SparseSession:
         self._modifiers = self.recipe.fresh_modifiers()
         self._in_step = False
         self._check_names()
+        self._own_teacher = teacher == "self"
+        self._set_teacher(teacher)
         self._announce_gradients()
 
     def _check_names(self) -> None:
@@ -88,6 +94,22 @@ class SparseSession:
             if isinstance(modifier, MaskedTargets):
                 with self._blaming(modifier):
                     modifier.find_targets(self.training.model)
+
+    def _set_teacher(self, teacher: nn.Module | str | None) -> None:
+        if teacher == "disable":
+            self._modifiers = [modifier for modifier in self._modifiers if not modifier.changes_loss]
+            return
+        if isinstance(teacher, str):
+            if teacher != "self":
+                raise ValueError(f'teacher must be a model, "self" or "disable", not {teacher!r}')
+            teacher = copy.deepcopy(self.training.model)
+        if teacher is not None:
+            self.training.teacher = teacher.eval().requires_grad_(False)
+        for modifier in self._modifiers:
+            if modifier.changes_loss:
+                with self._blaming(modifier):
+                    self.training.need_teacher()
+                    modifier.listen(self.training)
 
     def _blaming(self, modifier: Modifier) -> "_Blame":
         return _Blame(self.recipe, modifier)
@@ -167,6 +189,36 @@ class SparseSession:
         """Sparsity of the model now."""
         return sparsity(self.training.model)
 
+    @property
+    def changes_loss(self) -> bool:
+        """Whether a modifier changes the loss of the coming step; then the loss to train on is that of `loss`."""
+        return any(True for _ in self._at_the_loss())
+
+    def _at_the_loss(self) -> Iterator[Modifier]:
+        training = self.training
+        for modifier in self._modifiers:
+            if modifier.changes_loss and not modifier.phase.ended:
+                event = training.clock.event(modifier.timing, modifier.phase, training.step)
+                if (modifier.phase.started or event.starts) and not event.ends:
+                    yield modifier
+
+    def loss(self, loss: Tensor, outputs: Any, inputs: Any, *, scale: float = 1.0) -> Tensor:
+        """The loss to train on, with what a teacher adds; call it after the forward pass.
+
+        Args:
+            loss: of the labels.
+            outputs: of the model: a tensor, or a mapping or tuple with tensors.
+            inputs: of the model: a mapping of keyword arguments, a tuple, or one argument.
+            scale: of terms that are averages over a batch: 1 / batches, where `loss` is part of a mean over several.
+
+        Raises:
+            RecipeError: outputs of model and teacher do not fit together.
+        """
+        for modifier in self._at_the_loss():
+            with self._blaming(modifier):
+                loss = modifier.loss(self.training, loss, outputs, inputs, scale)
+        return loss
+
     def before_step(self) -> bool:
         """What is due between the backward pass and `optimizer.step()`; returns whether any modifier began, ended or
         was updated.
@@ -245,6 +297,8 @@ class SparseSession:
                 logger.warning("training ended at epoch %g, but %s (%s)", self.epoch, missing, modifier.type_name)
         self.training.masks.apply()
         self.training.masks.remove()
+        for modifier in self._modifiers:
+            modifier.stop_listening()
         return self.sparsity()
 
     # Checkpoints
@@ -268,7 +322,12 @@ class SparseSession:
                 for modifier in self._modifiers
                 for name, mask in self.training.masks.of(modifier.owner).items()
             },
+            "teacher": dict(self._teacher_state()),
         }
+
+    def _teacher_state(self) -> dict[str, Tensor]:
+        # A teacher that is the model of the beginning is nowhere else.
+        return self.training.teacher.state_dict() if self._own_teacher and self.training.teacher else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken; model and optimizer have to be loaded before.
@@ -299,6 +358,8 @@ class SparseSession:
                     assert isinstance(modifier, MaskedTargets)
                     _check_masks(modifier, masks)
                     training.masks.hold(modifier.owner, modifier.targets, masks)
+        if self._own_teacher and self.training.teacher is not None and state.get("teacher"):
+            self.training.teacher.load_state_dict(state["teacher"])
         self._announce_gradients()
 
 

@@ -35,6 +35,7 @@ from sparse_ft.checkpoint import (
     write_session,
 )
 from sparse_ft.conversion import ConversionReport, convert, to_dense
+from sparse_ft.hub.load import from_pretrained
 from sparse_ft.hub.save import INFO_FILE, save_pretrained
 from sparse_ft.hub.timm_models import is_timm_model
 from sparse_ft.interrupt import InterruptRequest, TrainingInterrupted
@@ -75,6 +76,7 @@ class SparseTrainer(Trainer):
     Args:
         args: `SparseTrainingArguments`.
         recipe: what `Recipe.load` reads, or a `Recipe`; goes before `args.recipe`.
+        teacher: a model for recipes that distil, "self" or "disable"; goes before `args.distill_teacher`.
         card: entries of the model card (`license`, `datasets`, `base_model` ...), see `sparse_ft.save_pretrained`.
         Others: as for `transformers.Trainer`. Optimizers that need whole weight matrices (GaLore, APOLLO) refuse
             natively sparse layers. An optimizer object must be made after `sparse_ft.convert`; giving
@@ -100,6 +102,7 @@ class SparseTrainer(Trainer):
         args: SparseTrainingArguments | None = None,
         *,
         recipe: str | Path | Recipe | None = None,
+        teacher: nn.Module | str | None = None,
         card: Mapping[str, Any] | None = None,
         compute_loss_func: Any = None,
         **trainer_arguments: Any,
@@ -123,6 +126,7 @@ class SparseTrainer(Trainer):
 
         self.card = dict(card or {})
         self.recipe = self._load_recipe(recipe or args.recipe)
+        self.teacher = _load_teacher(teacher or args.distill_teacher)
         self.session: SparseSession | None = None
         self._live: LiveForms | None = None
         self._kept_masks: dict[str, Tensor] = {}  # of the zeros that the model has before
@@ -178,7 +182,9 @@ class SparseTrainer(Trainer):
             return
         steps_per_epoch = self.set_initial_training_values(self.args, train_dataloader)[1]
         model = self.accelerator.unwrap_model(self.model)
-        self.session = SparseSession(model, self.recipe, self.optimizer, steps_per_epoch, total_steps=max_steps)
+        self.session = SparseSession(
+            model, self.recipe, self.optimizer, steps_per_epoch, total_steps=max_steps, teacher=self.teacher
+        )
         if not resumes:
             return
         if self._checkpoint_session is None:
@@ -451,7 +457,26 @@ class SparseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        return super().compute_loss(self._callable(model), inputs, return_outputs, num_items_in_batch)
+        model = self._callable(model)
+        if (
+            self.session is None
+            or not self.session.changes_loss
+            or not self.is_in_train
+            or not torch.is_grad_enabled()
+        ):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # Where the loss is part of the mean over all accumulated batches, Trainer does not divide it by their number.
+        divided = (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None
+        scale = 1.0 if divided else 1.0 / self.current_gradient_accumulation_steps
+        loss = self.session.loss(loss, outputs, self._teacher_inputs(given), scale=scale)
+        return (loss, outputs) if return_outputs else loss
+
+    def _teacher_inputs(self, inputs: dict[str, Any]) -> Any:
+        """Inputs as a teacher takes them: by name, or of a model that gives bare logits in their order."""
+        given = {name: value for name, value in inputs.items() if name not in self.label_names}
+        return tuple(given.values()) if self._gives_bare_logits else given
 
     def prediction_step(
         self,
@@ -677,6 +702,12 @@ class _SparseTraining(TrainerCallback):
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             interrupt.requested = bool(flag)
         return interrupt.requested
+
+
+def _load_teacher(teacher: nn.Module | str | None) -> nn.Module | str | None:
+    if not isinstance(teacher, str) or teacher in ("self", "disable"):
+        return teacher
+    return from_pretrained(teacher, convert=False, for_trainer=True)
 
 
 class _SetByRecipe(torch.optim.lr_scheduler.LRScheduler):

@@ -37,6 +37,13 @@ class SparseTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Warn of modifiers and fields of the recipe that are unknown here, and pass them over."},
     )
+    distill_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a recipe that distils learns from: a model as --model takes it, self (the model as it is "
+            "before training), or disable."
+        },
+    )
     num_train_epochs: float = field(
         default=None,  # type: ignore[assignment]
         metadata={"help": "Epochs to train: the recipe's if it has one, else 3, unless this is given."},

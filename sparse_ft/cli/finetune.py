@@ -25,7 +25,7 @@ COMMON = {
     "eval_on_start", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end",
     "metric_for_best_model", "logging_steps", "dataloader_num_workers", "report_to", "push_to_hub",
     "hub_model_id", "disable_tqdm",
-    "recipe", "recipe_args", "recipe_compat", "ignore_unknown",
+    "distill_teacher", "recipe", "recipe_args", "recipe_compat", "ignore_unknown",
     "sparse_policy", "min_sparsity", "sparse_ignore", "keep_freed_memory",
     "resume_from_checkpoint",
 }  # fmt: skip

@@ -7,6 +7,8 @@ name that recipes use, and what it does when its time comes. Nothing else has to
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from .clock import Clock, Phase, Timing
 from .fields import EPOCH, NEVER, Field, FieldError, field, read_fields
 from .training import Training
@@ -34,6 +36,7 @@ class Modifier:
     unsupported: ClassVar[str] = ""  # why this project does not run it, and what to do instead
     periodic: ClassVar[bool] = False  # updates every `update_frequency` epochs
     completes: ClassVar[bool] = False  # see Timing
+    changes_loss: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -92,6 +95,20 @@ class Modifier:
 
     def after_step(self, training: Training) -> None:
         """After every optimizer step from its first to its last."""
+
+    def listen(self, training: Training) -> None:
+        """Before the first forward pass, for modifiers that change the loss."""
+
+    def loss(self, training: Training, loss: Tensor, outputs: Any, inputs: Any, scale: float) -> Tensor:
+        """The loss to train on, of a step from its first to its last; for modifiers with `changes_loss`.
+
+        Args:
+            scale: of terms that are averages over a batch, where the loss is one over several.
+        """
+        return loss
+
+    def stop_listening(self) -> None:
+        """At the end of the training."""
 
     def resume(self, training: Training) -> None:
         """After `load_state_dict`, in the middle of its time: bring about again what no checkpoint keeps."""

@@ -152,6 +152,7 @@ class Training:
         optimizer: without accelerate's wrapper.
         clock, step: where the training is.
         masks: of the weights.
+        teacher: to learn from, or None.
         sparseml: whether faults of SparseML are to be reproduced.
     """
 
@@ -160,12 +161,23 @@ class Training:
         self.optimizer = inner_optimizer(optimizer)
         self.clock = clock
         self.step = 0
+        self.teacher: nn.Module | None = None
         self.sparseml = isinstance(clock, SparsemlClock)
         self.masks = WeightMasks(optimizer, clears_state=not self.sparseml)
 
     @property
     def epoch(self) -> float:
         return self.step / self.clock.steps_per_epoch
+
+    def need_teacher(self) -> nn.Module:
+        """The teacher.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.teacher is None:
+            raise ValueError('needs a teacher: give a model, "self" for the model as it is now, or "disable"')
+        return self.teacher
 
     def groups(self, indices: Iterable[int] | None) -> list[dict]:
         """Parameter groups of the optimizer by their indices, all for None.

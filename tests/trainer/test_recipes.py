@@ -214,3 +214,23 @@ def test_loggers_get_the_layers(tmp_path):
     assert layers.keys() == {f"sparsity/{name}" for name in trainer.masks}
     assert all(values[-1] == pytest.approx(0.8, abs=5e-3) for values in layers.values())
     assert isinstance(trainer.model, nn.Module)
+
+
+@pytest.mark.parametrize("make_model", [bert, timm_resnet])
+def test_distillation(tmp_path, make_model):
+    text = "modifiers:\n  - !DistillationModifier {hardness: 1.0, temperature: 1.0}\n"
+    teacher = make_model(seed=4)
+    trainer = make_trainer(
+        make_model(), tmp_path, recipe=text, num_train_epochs=8, trainer_options={"teacher": teacher}
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] / 2  # with hardness 1, all there is to learn is the teacher
+    halves = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    model = bert(dropout=0.0) if make_model is bert else make_model()
+    if make_model is bert:
+        whole = make_trainer(model, tmp_path, recipe=text, num_train_epochs=1, trainer_options={"teacher": teacher})
+        whole.train()
+        other = bert(dropout=0.0)
+        split = make_trainer(other, tmp_path, recipe=text, trainer_options={"teacher": teacher}, **halves)
+        split.train()
+        assert losses(split) == pytest.approx(losses(whole), rel=1e-3)

@@ -1,12 +1,160 @@
-"""Distillation from a teacher."""
+"""Distillation: learning from a teacher's outputs, or from those of its layers."""
 
-from ..base import Unsupported
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_ft.masks.targets import prunable_layers
+
+from ..base import Modifier
+from ..fields import EPOCH, FLAG, NEVER, NOTHING, TEXTS, either, exactly, field, number
 from ..registry import register
+from ..training import Training
+
+_OPTIONAL_TEXTS = either(TEXTS, NOTHING)
+LOGITS = "logits"
+
+
+class _Distilling(Modifier):
+    changes_loss = True
+
+    start_epoch: float = field(EPOCH, NEVER, unit="epochs", doc="When it begins; -1 for at once.")
+    end_epoch: float = field(EPOCH, NEVER, unit="epochs", doc="When it ends; -1 for never.")
+    teacher_input_keys: Any = field(
+        _OPTIONAL_TEXTS, None, doc="Inputs that the teacher gets; all but labels if it is not given."
+    )
+
+    def ask_teacher(self, teacher: nn.Module, inputs: Any) -> Any:
+        """The teacher's outputs, without gradients."""
+        with torch.no_grad():
+            if isinstance(inputs, Mapping):
+                keys = self.teacher_input_keys or [key for key in inputs if key not in ("labels", "label")]
+                missing = [key for key in keys if key not in inputs]
+                if missing:
+                    raise self.wrong("teacher_input_keys", f"the inputs are {', '.join(inputs)}; no {missing[0]!r}")
+                return teacher(**{key: inputs[key] for key in keys})
+            return teacher(*inputs) if isinstance(inputs, list | tuple) else teacher(inputs)
 
 
 @register("DistillationModifier")
-class Distillation(Unsupported):
-    """Learns from a teacher's outputs beside the labels."""
+class Distillation(_Distilling):
+    """Learns from a teacher's outputs beside the labels: hardness x T^2 x KL divergence + (1 - hardness) x loss.
+
+    The divergence is that of the softened probabilities (logits / temperature), averaged over all predictions.
+    """
 
     source = "Hinton et al. 2015, arXiv 1503.02531"
-    unsupported = "is not supported yet"
+    hardness: float = field(number(0, 1), 0.5, doc="Weight of the teacher against the labels.")
+    temperature: float = field(number(0, above=True), 2.0, doc="How soft the probabilities are.")
+    distill_output_keys: Any = field(
+        _OPTIONAL_TEXTS,
+        None,
+        doc="Outputs to learn from, such as [start_logits, end_logits]; logits if it is not given.",
+    )
+
+    def loss(self, training: Training, loss: Tensor, outputs: Any, inputs: Any, scale: float) -> Tensor:
+        teacher = self.ask_teacher(training.need_teacher(), inputs)
+        pairs = zip(self._logits(outputs, "model"), self._logits(teacher, "teacher"), strict=True)
+        terms = [self._divergence(ours, theirs) for ours, theirs in pairs]
+        return self.hardness * scale * sum(terms) / len(terms) + (1 - self.hardness) * loss
+
+    def _divergence(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"the model gives outputs of shape {tuple(ours.shape)}, the teacher {tuple(theirs.shape)}"
+            )
+        log_p = F.log_softmax(ours / self.temperature, -1).flatten(0, -2)
+        q = F.softmax(theirs / self.temperature, -1).flatten(0, -2)
+        return F.kl_div(log_p, q, reduction="batchmean") * self.temperature**2
+
+    def _logits(self, outputs: Any, whose: str) -> list[Tensor]:
+        if isinstance(outputs, Tensor):
+            return [outputs]
+        if not isinstance(outputs, Mapping):
+            return [next(each for each in outputs if isinstance(each, Tensor) and each.ndim > 1)]
+        keys = self.distill_output_keys or [LOGITS]
+        missing = [key for key in keys if key not in outputs]
+        if missing:
+            raise self.wrong(
+                "distill_output_keys", f"the outputs of the {whose} are {', '.join(outputs)}; no {missing[0]!r}"
+            )
+        return [outputs[key] for key in keys]
+
+
+@register("PerLayerDistillationModifier")
+class PerLayerDistillation(_Distilling):
+    """Learns from the outputs of a teacher's layers: loss + gain x the mean of their squared differences.
+
+    The difference of a layer is relative to the mean square of the teacher's output with `normalize`.
+    """
+
+    source = "Kurtic et al. 2023, arXiv 2310.06927"
+    gain: float = field(number(0), 1.5, doc="Weight of the layers against the loss.")
+    normalize: bool = field(FLAG, True, doc="Take differences relative to the size of the teacher's output.")
+    student_layer_names: Any = field(
+        _OPTIONAL_TEXTS, None, doc="Layers of the model; its linear and convolution layers if it is not given."
+    )
+    teacher_layer_names: Any = field(
+        _OPTIONAL_TEXTS, None, doc="The teacher's, in the same order; the same names if not given."
+    )
+    project_features: Any = field(
+        either(exactly(False, "false"), exactly(True, "true")), False,
+        doc="Without effect: layers must have outputs of one shape.",
+    )  # fmt: skip
+    epsilon: float = field(number(0, above=True), 1e-6, doc="Added to the size of the teacher's output.")
+
+    def check(self) -> None:
+        ours, theirs = self.student_layer_names, self.teacher_layer_names
+        if theirs is not None and (ours is None or len(ours) != len(theirs)):
+            raise self.wrong("teacher_layer_names", "must be as many as student_layer_names")
+
+    def listen(self, training: Training) -> None:
+        names = self.student_layer_names or list(prunable_layers(training.model, []))
+        theirs = self.teacher_layer_names or names
+        self._heard: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._hooks = []
+        for model, chosen, heard, field_name in (
+            (training.model, names, self._heard[0], "student_layer_names"),
+            (training.need_teacher(), theirs, self._heard[1], "teacher_layer_names"),
+        ):
+            for place, name in enumerate(chosen):
+                try:
+                    layer = model.get_submodule(name)
+                except AttributeError:
+                    raise self.wrong(field_name, f"there is no layer {name!r}") from None
+                self._hooks.append(layer.register_forward_hook(_hear(heard, str(place), model is training.model)))
+
+    def stop_listening(self) -> None:
+        for hook in getattr(self, "_hooks", []):
+            hook.remove()
+        self._hooks = []
+
+    def loss(self, training: Training, loss: Tensor, outputs: Any, inputs: Any, scale: float) -> Tensor:
+        self.ask_teacher(training.need_teacher(), inputs)
+        ours, theirs = self._heard
+        terms = []
+        for place, output in ours.items():
+            target = theirs[place]
+            if output.shape != target.shape:
+                raise ValueError(
+                    f"layers have outputs of shape {tuple(output.shape)} and, of the teacher, {tuple(target.shape)}"
+                )
+            difference = F.mse_loss(output, target)
+            terms.append(difference / (target.square().mean() + self.epsilon) if self.normalize else difference)
+        ours.clear()
+        theirs.clear()
+        return loss + self.gain * scale * sum(terms) / max(1, len(terms))
+
+    def end(self, training: Training) -> None:
+        self.stop_listening()
+
+
+def _hear(heard: dict[str, Tensor], place: str, in_training: bool):
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module.training == in_training:  # not when the model is evaluated
+            heard[place] = output
+
+    return hook

@@ -1,0 +1,111 @@
+"""Learning from a teacher."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_ft import RecipeError, SparseSession
+
+sys.path.append(str(Path(__file__).parents[1] / "session"))
+
+from loop import OPTIMIZERS, STEPS, Network, batch, gmp
+
+DISTIL = "\n  - !DistillationModifier {hardness: 0.75, temperature: 2.0, start_epoch: 1, end_epoch: 3}\n"
+LAYERS = "\n  - !PerLayerDistillationModifier {gain: 0.05, student_layer_names: [conv, hidden]}\n"
+
+
+def make(text, teacher, seed=0):
+    model = Network(seed)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    return model, optimizer, SparseSession(model, text, optimizer, STEPS, teacher=teacher)
+
+
+def train(model, optimizer, session, steps):
+    losses = []
+    for _ in range(steps):
+        images, labels = batch(session.step)
+        optimizer.zero_grad()
+        outputs = model(images)
+        hard = F.cross_entropy(outputs, labels)
+        loss = session.loss(hard, outputs, images)
+        loss.backward()
+        losses.append((float(hard.detach()), float(loss.detach())))
+        session.before_step()
+        optimizer.step()
+        session.after_step()
+    return losses
+
+
+def test_the_loss_is_that_of_the_paper():
+    teacher = Network(seed=5)
+    model, optimizer, session = make(gmp() + DISTIL, teacher)
+    before = train(model, optimizer, session, STEPS)
+    assert all(hard == loss for hard, loss in before)
+    assert session.changes_loss
+    images, labels = batch(session.step)
+    ours, theirs = model(images), teacher.eval()(images).detach()
+    hard = F.cross_entropy(ours, labels)
+    log_p, q = F.log_softmax(ours / 2, -1), F.softmax(theirs / 2, -1)
+    soft = (q * (q.log() - log_p)).sum(-1).mean() * 4
+    assert float(session.loss(hard, ours, images).detach()) == pytest.approx(
+        float(0.75 * soft + 0.25 * hard), rel=1e-5
+    )
+    assert float(session.loss(hard, {"logits": ours}, (images,), scale=0.5).detach()) == pytest.approx(
+        float(0.375 * soft + 0.25 * hard), rel=1e-5
+    )
+    train(model, optimizer, session, 2 * STEPS)
+    assert not session.changes_loss
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_layers_of_the_teacher():
+    teacher = Network(seed=5)
+    model, optimizer, session = make(gmp() + LAYERS, teacher)
+    losses = train(model, optimizer, session, 4 * STEPS)
+    assert all(loss > hard for hard, loss in losses)
+    assert losses[-1][1] - losses[-1][0] < losses[0][1] - losses[0][0]  # they come nearer
+    session.finalize()
+    assert not model.conv._forward_hooks and not teacher.conv._forward_hooks
+
+
+def test_self_is_the_model_of_the_beginning_and_resumes_exactly():
+    whole = make(gmp() + DISTIL, "self")
+    train(*whole, 8)
+    saved = [{k: v.clone() for k, v in whole[0].state_dict().items()}, whole[1].state_dict(), whole[2].state_dict()]
+    import copy
+
+    saved = copy.deepcopy(saved)
+    train(*whole, 7)
+    model, optimizer, session = make(gmp() + DISTIL, "self", seed=3)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    session.load_state_dict(saved[2])
+    train(model, optimizer, session, 7)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in whole[0].state_dict().items())
+
+
+def test_without_a_teacher():
+    with pytest.raises(RecipeError, match=r"DistillationModifier: needs a teacher: give a model, \"self\""):
+        make(gmp() + DISTIL, None)
+    _, _, session = make(gmp() + DISTIL, "disable")
+    assert not session.changes_loss
+    with pytest.raises(ValueError, match="teacher must be a model"):
+        make(gmp() + DISTIL, "bert")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ("distill_output_keys: [start_logits]", "the outputs of the model are logits; no 'start_logits'"),
+        ("teacher_input_keys: [pixels]", "the inputs are x; no 'pixels'"),
+    ],
+)
+def test_outputs_that_are_not_there(fields, problem):
+    model, _, session = make(gmp() + f"\n  - !DistillationModifier {{{fields}}}\n", "self")
+    images, labels = batch(0)
+    outputs = model(images)
+    with pytest.raises(RecipeError, match=problem):
+        session.loss(F.cross_entropy(outputs, labels), {"logits": outputs}, {"x": images})
