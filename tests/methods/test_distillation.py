@@ -1,5 +1,6 @@
 """Learning from a teacher."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -50,12 +51,10 @@ def test_the_loss_is_that_of_the_paper():
     hard = F.cross_entropy(ours, labels)
     log_p, q = F.log_softmax(ours / 2, -1), F.softmax(theirs / 2, -1)
     soft = (q * (q.log() - log_p)).sum(-1).mean() * 4
-    assert float(session.loss(hard, ours, images).detach()) == pytest.approx(
-        float(0.75 * soft + 0.25 * hard), rel=1e-5
-    )
-    assert float(session.loss(hard, {"logits": ours}, (images,), scale=0.5).detach()) == pytest.approx(
-        float(0.375 * soft + 0.25 * hard), rel=1e-5
-    )
+    expected = (0.75 * soft + 0.25 * hard).detach()
+    torch.testing.assert_close(session.loss(hard, ours, images).detach(), expected)
+    half = session.loss(hard, {"logits": ours}, (images,), scale=0.5)
+    torch.testing.assert_close(half.detach(), (0.375 * soft + 0.25 * hard).detach())
     train(model, optimizer, session, 2 * STEPS)
     assert not session.changes_loss
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -74,10 +73,7 @@ def test_layers_of_the_teacher():
 def test_self_is_the_model_of_the_beginning_and_resumes_exactly():
     whole = make(gmp() + DISTIL, "self")
     train(*whole, 8)
-    saved = [{k: v.clone() for k, v in whole[0].state_dict().items()}, whole[1].state_dict(), whole[2].state_dict()]
-    import copy
-
-    saved = copy.deepcopy(saved)
+    saved = copy.deepcopy([part.state_dict() for part in whole])
     train(*whole, 7)
     model, optimizer, session = make(gmp() + DISTIL, "self", seed=3)
     model.load_state_dict(saved[0])
