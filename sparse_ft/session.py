@@ -29,6 +29,7 @@ from sparse_ft.methods.clock import ExactClock, SparsemlClock
 from sparse_ft.methods.fields import NEVER
 from sparse_ft.methods.pruning import MaskedTargets
 from sparse_ft.methods.targets import dense_shape_of, named_targets
+from sparse_ft.methods.training import GradSampler
 from sparse_ft.recipes import Recipe, RecipeError
 from sparse_ft.recipes.recipe import Compat
 
@@ -49,6 +50,8 @@ class SparseSession:
         total_steps: of the whole training; `max_epochs * steps_per_epoch` if it is not given.
         teacher: what modifiers that distil learn from: a model, "self" for a copy of the model as it is now, or
             "disable" to leave such modifiers out.
+        grad_sampler: for second-order methods: called with a count, a seed and a batch size (or None), gives that many
+            losses of the model on fresh batches, with their graphs; the same for the same seed.
         recipe_args, compat, ignore_unknown: see `Recipe.load`.
 
     Attributes:
@@ -69,6 +72,7 @@ class SparseSession:
         *,
         total_steps: int | None = None,
         teacher: nn.Module | str | None = None,
+        grad_sampler: GradSampler | None = None,
         recipe_args: str | Mapping[str, Any] | None = None,
         compat: Compat = None,
         ignore_unknown: bool = False,
@@ -84,6 +88,7 @@ class SparseSession:
         self._modifiers = self.recipe.fresh_modifiers()
         self._in_step = False
         self._check_names()
+        self.training.grad_sampler = grad_sampler
         self._own_teacher = teacher == "self"
         self._set_teacher(teacher)
         self._announce_gradients()

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,13 @@ class SparseTrainer(Trainer):
         steps_per_epoch = self.set_initial_training_values(self.args, train_dataloader)[1]
         model = self.accelerator.unwrap_model(self.model)
         self.session = SparseSession(
-            model, self.recipe, self.optimizer, steps_per_epoch, total_steps=max_steps, teacher=self.teacher
+            model,
+            self.recipe,
+            self.optimizer,
+            steps_per_epoch,
+            total_steps=max_steps,
+            teacher=self.teacher,
+            grad_sampler=self._sample_losses,
         )
         if not resumes:
             return
@@ -348,14 +354,32 @@ class SparseTrainer(Trainer):
         if missing:
             self.conversion_report = convert(model, layers=missing, **options)
 
+    def _sample_losses(self, count: int, seed: int, batch_size: int | None) -> Iterator[Tensor]:
+        """Losses of training batches in an order of their own, for second-order methods."""
+        with preserved_random_state():
+            batches = self._batches(batch_size or self._train_batch_size, torch.Generator().manual_seed(seed))
+            for _ in range(count):
+                inputs = self._prepare_inputs(next(batches))
+                loss = super().compute_loss(self._callable(self.model), inputs)
+                assert isinstance(loss, Tensor)
+                yield loss
+
+    def _batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Any]:
+        dataset, collator = self._columns_for_the_model()
+        while True:
+            yield from DataLoader(
+                dataset, batch_size=batch_size, collate_fn=collator, shuffle=True, generator=generator
+            )
+
+    def _columns_for_the_model(self) -> tuple[Any, Any]:
+        """The training dataset and a collator, with what the model does not take left out."""
+        if isinstance(self.train_dataset, datasets.Dataset):
+            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
+        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+
     def example_inputs(self) -> Any:
         """The first training batch, as the model takes it; the dataset is read once more for it."""
-        dataset: Any = self.train_dataset
-        collator = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="training")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="training")
+        dataset, collator = self._columns_for_the_model()
         batch = next(iter(DataLoader(dataset, batch_size=self._train_batch_size, collate_fn=collator)))
         batch = self._prepare_inputs(batch)
         if not self._gives_bare_logits:

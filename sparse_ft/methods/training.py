@@ -1,7 +1,7 @@
 """What a modifier sees of a training, and the masks that it holds weights to."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,9 @@ from sparse_ft.optimizer_state import clear_pruned, inner_optimizer
 
 from .clock import Clock, SparsemlClock
 from .targets import Target, is_native
+
+# (count, seed, batch size or None) -> that many losses with their graphs, the same for the same seed
+GradSampler = Callable[[int, int, int | None], Iterable[Tensor]]
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +156,7 @@ class Training:
         clock, step: where the training is.
         masks: of the weights.
         teacher: to learn from, or None.
+        grad_sampler: gives the losses of fresh batches, or None; see `SparseSession`.
         sparseml: whether faults of SparseML are to be reproduced.
     """
 
@@ -162,6 +166,7 @@ class Training:
         self.clock = clock
         self.step = 0
         self.teacher: nn.Module | None = None
+        self.grad_sampler: GradSampler | None = None
         self.sparseml = isinstance(clock, SparsemlClock)
         self.masks = WeightMasks(optimizer, clears_state=not self.sparseml)
 
@@ -203,6 +208,13 @@ class Training:
         torch.distributed.broadcast(flat, src=0)
         parts = flat.bool().split([mask.numel() for mask in masks.values()])
         return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)}
+
+    def share(self, values: Tensor) -> Tensor:
+        """The values of the first process, for all of them."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            values = values.contiguous()
+            torch.distributed.broadcast(values, src=0)
+        return values
 
     def refuse_native(self, targets: Mapping[str, Target]) -> None:
         """Makes sure that the weights are dense.

@@ -36,6 +36,7 @@ METHODS = {
         0.5,
     ),
     "movement": (f"!MovementPruningModifier {{{GRADUAL}}}", 0.75),
+    "obs": (f"!OBSPruningModifier {{{GRADUAL}, num_grads: 6, fisher_block_size: 8, damp: 0.0001}}", 0.75),
     "structured": (f"!StructuredPruningModifier {{{GRADUAL}}}", 0.75),
     "one-shot": (f"!OneShotPruningModifier {{{TARGETS}, sparsity: 0.75, start_epoch: 1, scope: global}}", 0.75),
     "rigl": (f"!RigLPruningModifier {{{DYNAMIC}}}", 0.75),

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparse_ft import RecipeError
+
 sys.path.append(str(Path(__file__).parents[1] / "session"))
 
 from loop import STEPS, batch, make, train, zeros
@@ -100,3 +102,65 @@ def test_one_shot_waits_for_its_time():
     train(model, optimizer, session, 1)
     assert zeros(model, "hidden.weight") == pytest.approx(0.6, abs=1e-3)
     assert session.settled
+
+
+def obs(**fields):
+    values = {"num_grads": 4, "fisher_block_size": 8, "damp": 0.01} | fields
+    extra = ", ".join(f"{name}: {value}" for name, value in values.items())
+    return f"!OBSPruningModifier {{{GRADUAL.replace('start_epoch: 1', 'start_epoch: 0')}, {extra}}}"
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "block4"])
+def test_obs_is_the_surgeon_of_each_block(structure):
+    """Scores, masks and steps are those of the Fisher matrix written out."""
+    model, optimizer, session = make(recipe(obs(mask_type=structure)))
+    images, labels = batch(0)
+    F.cross_entropy(model(images), labels).backward()
+    weight = model.hidden.weight.detach().clone().double().flatten()
+    model.eval()
+    gradients = []
+    for loss in session.training.grad_sampler(4, 1, None):
+        gradients.append(torch.autograd.grad(loss, model.hidden.weight)[0].double().flatten())
+    model.train()
+    session.before_step()
+    gradients = torch.stack(gradients).view(4, -1, 8)
+    size = 4 if structure == "block4" else 1
+    scores, inverses = [], []
+    for block in range(gradients.shape[1]):
+        g = gradients[:, block]
+        inverse = torch.linalg.inv(g.T @ g / 4 + 0.01 * torch.eye(8, dtype=torch.float64))
+        inverses.append(inverse)
+        for i in range(0, 8, size):
+            w, corner = weight[8 * block + i : 8 * block + i + size], inverse[i : i + size, i : i + size]
+            scores.append(w @ torch.linalg.inv(corner) @ w / 2)
+    order = torch.stack(scores).argsort()
+    going = torch.zeros(len(scores), dtype=torch.bool)
+    going[order[: round(0.25 * len(scores))]] = True
+    going = going.repeat_interleave(size)
+    assert torch.equal(session.masks["hidden.weight"].flatten(), ~going)
+    for block, inverse in enumerate(inverses):
+        part = slice(8 * block, 8 * block + 8)
+        q, w = going[part], weight[part]
+        step = -inverse[:, q] @ torch.linalg.inv(inverse[q][:, q]) @ w[q] if q.any() else torch.zeros(8).double()
+        torch.testing.assert_close(
+            model.hidden.weight.detach().flatten()[part].double(), w + step, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_obs_leaves_no_trace_but_the_weights():
+    model, optimizer, session = make(recipe(obs(num_recomputations=2)))
+    mean, state = model.norm.running_mean.clone(), torch.get_rng_state()
+    images, labels = batch(0)
+    F.cross_entropy(model(images), labels).backward()
+    mean, gradient = model.norm.running_mean.clone(), model.conv.weight.grad.clone()
+    session.before_step()
+    assert torch.equal(model.norm.running_mean, mean)
+    assert torch.equal(model.conv.weight.grad, gradient)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_obs_needs_a_sampler():
+    model, optimizer, session = make(recipe(obs()), grad_sampler=None)
+    with pytest.raises(RecipeError, match="OBSPruningModifier: needs a grad_sampler"):
+        train(model, optimizer, session, 1)

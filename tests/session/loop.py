@@ -43,9 +43,21 @@ OPTIMIZERS = {
 }
 
 
+def losses_of(model):
+    """A sampler of losses for second-order methods."""
+
+    def sample(count, seed, batch_size):
+        for i in range(count):
+            images, labels = batch(i, seed=seed + 7)
+            yield F.cross_entropy(model(images[:batch_size]), labels[:batch_size])
+
+    return sample
+
+
 def make(recipe, *, optimizer="sgd", epochs=4, seed=0, steps=STEPS, **options):
     model = Network(seed)
     made = OPTIMIZERS[optimizer](model.parameters())
+    options.setdefault("grad_sampler", losses_of(model))
     session = SparseSession(model, recipe, made, steps, total_steps=epochs * steps, **options)
     return model, made, session
 

@@ -234,3 +234,16 @@ def test_distillation(tmp_path, make_model):
         split = make_trainer(other, tmp_path, recipe=text, trainer_options={"teacher": teacher}, **halves)
         split.train()
         assert losses(split) == pytest.approx(losses(whole), rel=1e-3)
+
+
+def test_second_order_pruning_samples_the_training_data(tmp_path):
+    text = gmp().replace(
+        "!GMPruningModifier", "!OBSPruningModifier\n    num_grads: 3\n    grad_sampler_kwargs: {batch_size: 2}"
+    )
+    arguments = ADAMW | {"recipe": text, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(bert(), tmp_path, **arguments)
+    whole.train()
+    assert zeros(whole.model) == pytest.approx(0.8, abs=2e-3)
+    resumed = make_trainer(bert(seed=1), tmp_path / "again", **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_run(resumed, whole)
