@@ -19,7 +19,7 @@ _SAMPLER: dict[str, Field] = {"batch_size": field(integer(1), 0, doc="Examples o
 
 @register("OBSPruningModifier")
 class OBSPruning(GradualPruning):
-    """Gradual second-order pruning (oBERT): scores and updates of the weights from a block-wise empirical Fisher matrix.
+    """Gradual second-order pruning (oBERT): scores and steps of the weights from a block-wise Fisher matrix.
 
     At each update gradients of fresh batches are sampled (a `grad_sampler` of the session; SparseTrainer has one).
     The inverse Fisher matrix of each block of consecutive weights is built by the Woodbury identity. A weight's score
