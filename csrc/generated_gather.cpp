@@ -91,7 +91,10 @@ class GatherCompiler {
 
     void add_rows(int64_t row, int64_t end, int64_t block) {
         sort_entries(row, end, block);
-        const int64_t count = int64_t(entries.size()), parts = (count + kChunkNonzeros - 1) / kChunkNonzeros;
+        const int64_t count = int64_t(entries.size());
+        // Neighbouring positions share source lines: a chunk of fewer finds them in the first-level data cache.
+        const int64_t most = g.taps_h * g.taps_w > 1 ? kChunkNonzeros / 2 : kChunkNonzeros;
+        const int64_t parts = (count + most - 1) / most;
         const bool first = block == 0, last = block + 1 == t.blocks;
         if (count == 0 && !first && !last) return;
         for (int64_t part = 0, begin = 0; part < std::max<int64_t>(parts, 1); ++part) {
