@@ -1,0 +1,70 @@
+"""Depthwise convolutions, which have kernels of their own in batch-last layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_ft import ops
+from sparse_ft.ops import native
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "kernel", "stride", "padding", "dilation", "density"),
+    [
+        (16, 5, (9, 11), (3, 3), (1, 1), (1, 1), (1, 1), 1.0),
+        (32, 4, (10, 9), (3, 3), (2, 2), (1, 1), (1, 1), 1.0),
+        (3, 6, (8, 7), (5, 5), (1, 2), (2, 2), (1, 1), 1.0),  # 25 taps: more than are summed together
+        (20, 3, (12, 12), (3, 3), (1, 1), (2, 2), (2, 2), 0.6),
+        (7, 8, (6, 5), (3, 3), (3, 3), (0, 0), (1, 1), 0.3),  # empty channels, phases without taps
+        (1, 9, (17, 16), (7, 7), (1, 1), (3, 3), (1, 1), 1.0),
+        (16, 4, (2, 2), (5, 5), (1, 1), (2, 2), (1, 1), 1.0),  # a kernel larger than the image
+        (16, 4, (3, 4), (3, 3), (1, 1), (4, 4), (1, 1), 1.0),  # positions that see padding only
+        (64, 40, (24, 24), (3, 3), (1, 1), (1, 1), (1, 1), 1.0),  # results that bypass the caches
+    ],
+)
+def test_against_float64(isa, batch, channels, size, kernel, stride, padding, dilation, density, threads):
+    torch.manual_seed(channels)
+    torch.set_num_threads(threads)
+    weight = torch.randn(channels, 1, *kernel) * (torch.rand(channels, 1, *kernel) < density)
+    bias = torch.randn(channels)
+    x = torch.randn(batch, channels, *size, dtype=torch.float64, requires_grad=True)
+    dense = weight.double().requires_grad_()
+    want = F.conv2d(x, dense, bias.double(), stride, padding, dilation, channels)
+    grad = torch.randn(want.shape)
+    want.backward(grad.double())
+    geometry = (tuple(weight.shape), stride, padding, dilation, channels)
+    pattern, values = ops.SparsePattern.build(
+        weight, stride=stride, padding=padding, dilation=dilation, groups=channels
+    )
+    source = native.to_layout(x.detach().float(), native.BATCH_LAST)
+    sink = native.to_layout(grad, native.BATCH_LAST)
+
+    def close(got, want):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * max(1.0, float(want.abs().max())))
+
+    close(
+        native.conv2d(source, values, bias, pattern.tensors, *geometry, torch.empty_like(sink)),
+        want.detach(),
+    )
+    close(
+        native.conv2d_input_grad(sink, values, pattern.tensors, *geometry, torch.full_like(source, torch.nan)), x.grad
+    )
+    close(
+        native.conv2d_weight_grad(sink, source, pattern.tensors, *geometry, torch.full_like(values, torch.nan)),
+        pattern.from_dense(dense.grad),
+    )
+
+
+def test_a_missing_tap_reads_nothing(isa):
+    """Lanes beyond the batch and columns beyond the image hold NaN here; none may leak in."""
+    x = torch.full((5, 3, 6, 6), torch.nan)
+    x[:, 1] = 1.0
+    weight = torch.ones(3, 1, 3, 3)
+    pattern, values = ops.SparsePattern.build(weight, padding=(1, 1), groups=3)
+    geometry = (tuple(weight.shape), (1, 1), (1, 1), (1, 1), 3)
+    source = native.to_layout(x, native.BATCH_LAST)
+    y = native.conv2d(source, values, None, pattern.tensors, *geometry, torch.empty_like(source))
+    assert torch.equal(y[:, 1], F.conv2d(torch.ones(5, 1, 6, 6), weight[:1], padding=1)[:, 0])
+    sums = native.conv2d_weight_grad(source, source, pattern.tensors, *geometry, torch.empty_like(values)).view(3, 9)
+    assert sums[1].isfinite().all() and sums[0].isnan().all()
