@@ -46,6 +46,56 @@ inline void pack(const Tiling& t, const Tile& tile, const Geometry& g, const Vie
                         std::min<int64_t>(16, count - c), true);
 }
 
+// The nonzeros of some rows in the order in which code reads the source.
+class SortedNonzeros {
+  public:
+    struct Entry {
+        int32_t offset, row, index;  // floats from the panel; from the first row asked for; in the pattern
+    };
+    SortedNonzeros(const Product& product, const Tiling& tiling, const Plane& plane)
+        : q(product), t(tiling), p(plane), g(product.geometry) {}
+
+    // Null, or what is wrong with the pattern; to be called once before the rest.
+    const char* prepare() {
+        const int64_t rows = g.groups * g.rows_per_group;
+        offsets.resize(size_t(q.nnz));
+        segment.resize(size_t(rows * (t.blocks + 1)));
+        const OffsetTable table(t, g);
+        for (int64_t row = 0; row < rows; ++row)
+            if (const char* problem = table.prepare(t, g, p.row_ptr, row, q.nnz, q.col, offsets.data(),
+                                                    segment.data() + row * (t.blocks + 1)))
+                return problem;
+        return nullptr;
+    }
+
+    // Of rows [row, end) in one block of channels, rows ascending at each position: a counting sort by column.
+    const std::vector<Entry>& sort(int64_t row, int64_t end, int64_t block) {
+        const int64_t taps = g.taps_h * g.taps_w, base = t.blocks > 1 ? block * t.block_channels * taps : 0;
+        place.assign(size_t(t.block_channels * taps) + 1, 0);
+        auto each = [&](auto body) {
+            for (int64_t r = row; r < end; ++r) {
+                const int32_t* bounds = segment.data() + r * (t.blocks + 1) + block;
+                for (int32_t j = bounds[0]; j < bounds[1]; ++j) body(r, j);
+            }
+        };
+        each([&](int64_t, int32_t j) { ++place[size_t(q.col[j] - base) + 1]; });
+        for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
+        entries.resize(size_t(place.back()));
+        each([&](int64_t r, int32_t j) {
+            entries[size_t(place[size_t(q.col[j] - base)]++)] = {offsets[size_t(j)], int32_t(r - row), j};
+        });
+        return entries;
+    }
+
+  private:
+    const Product& q;
+    const Tiling& t;
+    const Plane& p;
+    const Geometry& g;
+    std::vector<int32_t> offsets, segment, place;
+    std::vector<Entry> entries;
+};
+
 // Code pays where its loads are shared by several rows, and where there are lanes enough to run it over.
 inline bool worth_generating(const Product& q) {
     const Geometry& g = q.geometry;

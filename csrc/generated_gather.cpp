@@ -39,18 +39,12 @@ struct GatherProgram : Program {
 class GatherCompiler {
   public:
     GatherCompiler(const Product& product, const Tiling& tiling, const Plane& plane)
-        : q(product), t(tiling), p(plane), g(product.geometry) {}
+        : q(product), t(tiling), p(plane), g(product.geometry), nonzeros(product, tiling, plane) {}
 
     // Null if the pattern is malformed (`problem` says how) or the system allows no generated code.
     std::shared_ptr<const GatherProgram> compile(const char** problem) {
         const int64_t rows = g.groups * g.rows_per_group;
-        offsets.resize(size_t(q.nnz));
-        segment.resize(size_t(rows * (t.blocks + 1)));
-        const OffsetTable table(t, g);
-        for (int64_t row = 0; row < rows; ++row)
-            if ((*problem = table.prepare(t, g, p.row_ptr, row, q.nnz, q.col, offsets.data(),
-                                          segment.data() + row * (t.blocks + 1))))
-                return nullptr;
+        if ((*problem = nonzeros.prepare())) return nullptr;
         for (int64_t j = p.row_ptr[0]; q.perm && j < p.row_ptr[rows]; ++j)
             if (uint32_t(q.perm[j]) >= uint64_t(q.nnz)) {
                 *problem = "permutation is out of range";
@@ -71,17 +65,14 @@ class GatherCompiler {
     }
 
   private:
-    struct Entry {
-        int32_t offset, row, value;
-    };
+    using Entry = SortedNonzeros::Entry;
     const Product& q;
     const Tiling& t;
     const Plane& p;
     const Geometry& g;
     Assembler assembler;
     std::shared_ptr<GatherProgram> program = std::make_shared<GatherProgram>();
-    std::vector<int32_t> offsets, segment, place;
-    std::vector<Entry> entries;
+    SortedNonzeros nonzeros;
 
     // Whole chunks where rows are written in bands of them; elsewhere as even as can be.
     int64_t chunk_end(int64_t row, int64_t group_end) const {
@@ -90,7 +81,7 @@ class GatherCompiler {
     }
 
     void add_rows(int64_t row, int64_t end, int64_t block) {
-        sort_entries(row, end, block);
+        const std::vector<Entry>& entries = nonzeros.sort(row, end, block);
         const int64_t count = int64_t(entries.size());
         // Neighbouring positions share source lines: a chunk of fewer finds them in the first-level data cache.
         const int64_t most = g.taps_h * g.taps_w > 1 ? kChunkNonzeros / 2 : kChunkNonzeros;
@@ -102,30 +93,12 @@ class GatherCompiler {
             while (stop < count && entries[stop].offset == entries[stop - 1].offset) ++stop;
             program->chunks.push_back({row, end - row, assembler.size(), int64_t(program->order.size()),
                                        first && part == 0, last && part + 1 >= parts});
-            emit(program->chunks.back(), begin, stop);
+            emit(program->chunks.back(), entries, begin, stop);
             begin = stop;
         }
     }
 
-    // The rows' nonzeros in a block by source position, rows ascending: a counting sort by column.
-    void sort_entries(int64_t row, int64_t end, int64_t block) {
-        const int64_t taps = g.taps_h * g.taps_w, base = t.blocks > 1 ? block * t.block_channels * taps : 0;
-        place.assign(size_t(t.block_channels * taps) + 1, 0);
-        auto each = [&](auto body) {
-            for (int64_t r = row; r < end; ++r) {
-                const int32_t* bounds = segment.data() + r * (t.blocks + 1) + block;
-                for (int32_t j = bounds[0]; j < bounds[1]; ++j) body(r, j);
-            }
-        };
-        each([&](int64_t, int32_t j) { ++place[size_t(q.col[j] - base) + 1]; });
-        for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
-        entries.resize(size_t(place.back()));
-        each([&](int64_t r, int32_t j) {
-            entries[size_t(place[size_t(q.col[j] - base)]++)] = {offsets[j], int32_t(r - row), q.perm ? q.perm[j] : j};
-        });
-    }
-
-    void emit(const GatherChunk& chunk, int64_t begin, int64_t end) {
+    void emit(const GatherChunk& chunk, const std::vector<Entry>& entries, int64_t begin, int64_t end) {
         Assembler& a = assembler;
         a.reserve(size_t(2 * (end - begin) + (end - begin) / 256 + 4 * chunk.rows + 20));
         a.load_argument(rax, 8);
@@ -155,7 +128,7 @@ class GatherCompiler {
                 at = value + 128 * 4;
             }
             a.fma_broadcast(entry.row, source, r11, value - at);
-            program->order.push_back(entry.value);
+            program->order.push_back(q.perm ? q.perm[entry.index] : entry.index);
         }
         a.move(r10, rdx);
         for (int r = 0; r < chunk.rows; ++r) {

@@ -39,18 +39,12 @@ struct SampledProgram : Program {
 class SampledCompiler {
   public:
     SampledCompiler(const Product& product, const Tiling& tiling)
-        : q(product), t(tiling), p(product.planes[0]), g(product.geometry) {}
+        : q(product), t(tiling), g(product.geometry), nonzeros(product, tiling, product.planes[0]) {}
 
     // Null if the pattern is malformed (`problem` says how) or the system allows no generated code.
     std::shared_ptr<const SampledProgram> compile(const char** problem) {
         const int64_t rows = g.groups * g.rows_per_group;
-        offsets.resize(size_t(q.nnz));
-        segment.resize(size_t(rows * (t.blocks + 1)));
-        const OffsetTable table(t, g);
-        for (int64_t row = 0; row < rows; ++row)
-            if ((*problem = table.prepare(t, g, p.row_ptr, row, q.nnz, q.col, offsets.data(),
-                                          segment.data() + row * (t.blocks + 1))))
-                return nullptr;
+        if ((*problem = nonzeros.prepare())) return nullptr;
         emit_sums();
         program->slot.resize(size_t(q.nnz));
         for_each_panel(t, g, 0, rows, [&](int64_t row0, int64_t row1, int64_t block, int64_t, int64_t) {
@@ -67,17 +61,13 @@ class SampledCompiler {
     }
 
   private:
-    struct Entry {
-        int32_t offset, row, index;
-    };
+    using Entry = SortedNonzeros::Entry;
     const Product& q;
     const Tiling& t;
-    const Plane& p;
     const Geometry& g;
     Assembler assembler;
     std::shared_ptr<SampledProgram> program = std::make_shared<SampledProgram>();
-    std::vector<int32_t> offsets, segment, place;
-    std::vector<Entry> entries;
+    SortedNonzeros nonzeros;
     int64_t sums_entry = 0;
     int lane[kGroup];  // of its vector of sums, for every accumulator
 
@@ -134,7 +124,7 @@ class SampledCompiler {
     }
 
     void add_block(int64_t row, int64_t end, int64_t block) {
-        sort_entries(row, end, block);
+        const std::vector<Entry>& entries = nonzeros.sort(row, end, block);
         if (entries.empty()) return;
         Assembler& a = assembler;
         a.reserve(2 * entries.size() + (entries.size() / kGroup + 1) * 8 + 60);
@@ -156,7 +146,7 @@ class SampledCompiler {
                     a.load(source, rdi, entry.offset * 4);
                 }
                 const int z = int(i - begin);
-                a.fma_masked(z, source, rsi, int32_t((entry.row - row) * kLanes * 4));
+                a.fma_masked(z, source, rsi, entry.row * kLanes * 4);
                 program->slot[size_t(entry.index)] = int32_t(program->slots + z / 16 * 16 + lane[z]);
             }
             a.add(rdi, r8);
@@ -167,24 +157,6 @@ class SampledCompiler {
         }
         a.end_vectors();
         a.ret();
-    }
-
-    // The rows' nonzeros in a block by source position, rows ascending: a counting sort by column.
-    void sort_entries(int64_t row, int64_t end, int64_t block) {
-        const int64_t taps = g.taps_h * g.taps_w, base = t.blocks > 1 ? block * t.block_channels * taps : 0;
-        place.assign(size_t(t.block_channels * taps) + 1, 0);
-        auto each = [&](auto body) {
-            for (int64_t r = row; r < end; ++r) {
-                const int32_t* bounds = segment.data() + r * (t.blocks + 1) + block;
-                for (int32_t j = bounds[0]; j < bounds[1]; ++j) body(r, j);
-            }
-        };
-        each([&](int64_t, int32_t j) { ++place[size_t(q.col[j] - base) + 1]; });
-        for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
-        entries.resize(size_t(place.back()));
-        each([&](int64_t r, int32_t j) {
-            entries[size_t(place[size_t(q.col[j] - base)]++)] = {offsets[j], int32_t(r), j};
-        });
     }
 };
 
