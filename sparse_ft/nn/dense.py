@@ -1,26 +1,31 @@
 """Dense convolutions beside sparse ones.
 
-A convolution that stays dense (a stem, a layer that would not gain) is fastest in channels_last layout, and so are the
-norm and the pooling behind it. Between sparse layers it gets and gives batch-last activations; the change of layout
-is made by the native transposes, because torch's own copies of such strides are slow.
+A convolution that stays dense (a stem, a layer that would not gain) is fastest in channels_last layout; norms, pooling
+and the sparse layers around it work in batch-last layout. So it takes what it is given to the one and gives the
+other, by the native transposes, because torch's own copies of such strides are slow. With one layout everywhere else,
+no sum of gradients is one of two layouts, which is slow and gives a result that has to be copied once more.
 """
 
 import torch
 from torch import Tensor, nn
 
 from sparse_ft.nn.stock import adapts
-from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, is_batch_last
+from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, is_batch_last, native_reason
 
 
 @adapts("torch.nn", "Conv2d")
 @adapts("timm.layers", "Conv2dSame")
 class LayoutConv(nn.Module):
-    """A dense convolution that chooses its layout."""
+    """A dense convolution: channels_last inside, batch-last outside."""
+
+    weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.device.type != "cpu":
+        if x.dim() != 4 or native_reason(x, self.weight) is not None:
             return super().forward(x)
         if is_batch_last(x) and not x.is_contiguous():
             x = torch.ops.sparse_ft.to_layout(x, CHANNELS_LAST)
-            return torch.ops.sparse_ft.to_layout(super().forward(x), BATCH_LAST)
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+        y = super().forward(x.contiguous(memory_format=torch.channels_last))
+        if native_reason(y) is not None or is_batch_last(y):
+            return y
+        return torch.ops.sparse_ft.to_layout(y, BATCH_LAST)
