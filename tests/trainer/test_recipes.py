@@ -96,7 +96,7 @@ def test_layers_take_native_form_between_updates_and_resume_exactly(tmp_path, me
     plain = make_trainer(bert(), tmp_path / "plain", **arguments | {"sparse_policy": "none", "save_strategy": "no"})
     plain.train()
     assert losses(whole) == pytest.approx(losses(plain), rel=1e-3, abs=1e-4)
-    for step in (7, 21, 28, 42):
+    for step in (21, 42):
         resumed = make_trainer(bert(seed=1), tmp_path / "again", **arguments)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_run(resumed, whole)
