@@ -13,6 +13,8 @@ from sparse_ft.optimizer_state import clear_pruned, inner_optimizer
 from .clock import Clock, SparsemlClock
 from .targets import Target, is_native
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 # (count, seed, batch size or None) -> that many losses with their graphs, the same for the same seed
 GradSampler = Callable[[int, int, int | None], Iterable[Tensor]]
 
@@ -21,13 +23,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Held:
-    """A weight under masks: `kept` is where all owners agree, `pruned` its inverse, both of the weight's shape."""
+    """A weight under masks: `kept` is where all owners agree, `pruned` its inverse, both of the weight's shape; `bits`
+    has all bits where it is kept."""
 
     target: Target
     by_owner: dict[int, Tensor] = field(default_factory=dict)
     kept: Tensor = field(default_factory=lambda: torch.empty(0))
     pruned: Tensor = field(default_factory=lambda: torch.empty(0))
+    bits: Tensor = field(default_factory=lambda: torch.empty(0))
     hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def renew(self) -> None:
+        """Takes the masks of the owners together."""
+        masks = list(self.by_owner.values())
+        self.kept = masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
+        self.pruned = ~self.kept
+        if not is_native(self.target):
+            integer = _INTEGERS[self.target.parameter.element_size()]
+            self.bits = torch.zeros_like(self.target.parameter, dtype=integer).masked_fill_(self.kept, -1)
+
+    def zero(self, values: Tensor) -> None:
+        """Zeroes pruned places. By the bits: not a product, where 0 * inf is NaN, and several times faster than
+        `masked_fill_`, which branches at every element."""
+        values.view(self.bits.dtype).bitwise_and_(self.bits)
 
 
 class WeightMasks:
@@ -44,6 +62,7 @@ class WeightMasks:
         self._clears_state = clears_state
         self._held: dict[str, _Held] = {}
         self._released: list[int] = []
+        self._masked_at = 0  # `changes` when gradients were masked last
         self.changes = 0  # how often masks were set or let go
         self.dense_gradients = False  # gradients of this step reach pruned weights, for methods that look at them
 
@@ -87,13 +106,11 @@ class WeightMasks:
                 self._forget(name)
 
     def _renew(self, held: _Held) -> None:
-        masks = list(held.by_owner.values())
-        held.kept = masks[0] if len(masks) == 1 else torch.stack(masks).all(0)
-        held.pruned = ~held.kept
+        held.renew()
         if is_native(held.target):
             return  # its pattern is the mask
         parameter = held.target.parameter
-        parameter.data.masked_fill_(held.pruned, 0.0)  # not a product: 0 * inf is NaN, 0 * -1 is -0
+        held.zero(parameter.data)
         if self._clears_state:
             clear_pruned(self._optimizer, parameter, held.pruned)
         if held.hook is None and parameter.requires_grad:
@@ -103,16 +120,22 @@ class WeightMasks:
     def _gradient_hook(self, held: _Held):
         def hook(parameter: Tensor) -> None:
             if parameter.grad is not None and not self.dense_gradients:
-                parameter.grad.masked_fill_(held.pruned, 0.0)
+                held.zero(parameter.grad)
 
         return hook
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zeroes the gradients of pruned weights: the hooks may have let them pass, or an all-reduce come after."""
+        """Zeroes the gradients of pruned weights, unless the hooks have done so: they have not if masks have changed
+        since, if gradients were to be dense, or if an all-reduce came after."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        done = self._masked_at == self.changes and not self.dense_gradients and not distributed
+        self._masked_at = self.changes
         for held in self._held.values():
+            if done and held.hook is not None:
+                continue
             if held.target.parameter.grad is not None and not is_native(held.target):
-                held.target.parameter.grad.masked_fill_(held.pruned, 0.0)
+                held.zero(held.target.parameter.grad)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -120,7 +143,7 @@ class WeightMasks:
         for held in self._held.values():
             if is_native(held.target):
                 continue
-            held.target.parameter.data.masked_fill_(held.pruned, 0.0)
+            held.zero(held.target.parameter.data)
         for owner in self._released:
             self.release(owner, at_once=True)
         self._released.clear()

@@ -345,3 +345,34 @@ def test_a_recipe_that_has_changed_a_number_goes_on():
     changed.load_state_dict(session.state_dict())
     train(other, optimizer, changed, 4 * STEPS - 3)
     assert zeros(other, "hidden.weight") == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_pruned_weight_that_is_thawed_is_held_as_well():
+    text = (
+        gmp(params="[hidden]")
+        + "  - !TrainableParamsModifier {params: [hidden.weight], trainable: false, end_epoch: 2}\n"
+    )
+    model, made, session = make(text)
+
+    def check(step):
+        for name, mask in session.masks.items():
+            assert not model.get_parameter(name)[~mask].any()
+            for _, state in elementwise_state(made, model.get_parameter(name)):
+                assert not state[~mask].any()
+
+    model.hidden.weight.requires_grad_(False)
+    train(model, made, session, 4 * STEPS, each=check)
+
+
+def test_infinite_gradients_of_pruned_weights_do_no_harm():
+    model, made, session = make(gmp(params="[hidden]"))
+    train(model, made, session, 1)
+    pruned = ~session.masks["hidden.weight"]
+    made.zero_grad()
+    loss = (model.hidden.weight * torch.where(pruned, torch.inf, 1.0)).nan_to_num(0).sum()
+    loss.backward()
+    session.before_step()
+    made.step()
+    session.after_step()
+    assert model.hidden.weight.isfinite().all()
+    assert not model.hidden.weight[pruned].any()
