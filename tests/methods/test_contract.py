@@ -148,6 +148,7 @@ def train_on_a_rank(rank, world, address, methods, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_agree(tmp_path):
     arguments = 2, str(tmp_path / "address"), list(METHODS), str(tmp_path)
     torch.multiprocessing.spawn(train_on_a_rank, args=arguments, nprocs=2)
