@@ -96,6 +96,19 @@ class SortedNonzeros {
     std::vector<Entry> entries;
 };
 
+// A tile's cost in cycles, roughly as measured: packing it, and computing all of its rows.
+struct TileCost {
+    double pack, compute;
+    TileCost(const Tiling& t, const Geometry& g, int64_t nnz)
+        : pack(0.5 * double(t.group_stride > 0 ? t.panel_floats() * t.blocks * t.chunks
+                                               : g.groups * g.channels_per_group * t.channel_stride)),
+          compute(1.6 * double(nnz) * double(t.rows * t.cols * t.lanes) / kLanes) {}
+    // Of `tiles` tiles in `parts` parts each, which pack the tile anew, spread over some threads.
+    double all(int64_t tiles, int64_t parts, int64_t threads) const {
+        return double((tiles * parts + threads - 1) / threads) * (pack + compute / double(parts));
+    }
+};
+
 // Code pays where its loads are shared by several rows, and where there are lanes enough to run it over.
 inline bool worth_generating(const Product& q) {
     const Geometry& g = q.geometry;

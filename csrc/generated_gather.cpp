@@ -193,17 +193,17 @@ class GeneratedGather {
     std::vector<int64_t> first_value{0};
     std::vector<int64_t> items{0};  // running count of work items per plane
     bool bypass = false;            // whether the destination is too large to wait in a cache
-    int64_t parts = 1;              // row parts of a tile, where there are too few tiles for the threads
+    int64_t parts = 1;              // row parts of a tile, where tiles alone do not keep the threads busy
 
     TileLimits limits() const { return generated_limits(q); }
 
     void split_work() {
         int64_t tiles = 0;
         for (const Tiling& t : tilings) tiles += t.tiles();
-        const int64_t rows = g.groups * g.rows_per_group;
-        if (tiles > 0 && q.threads > 1 && tiles < 4 * q.threads)
-            parts =
-                std::clamp<int64_t>((4 * q.threads + tiles - 1) / tiles, 1, std::max<int64_t>(rows / kGatherRows, 1));
+        const int64_t most = std::min<int64_t>(4 * q.threads, g.groups * g.rows_per_group / kGatherRows);
+        const TileCost cost(tilings[0], g, q.nnz / q.plane_count);
+        for (int64_t i = 2; i <= most; ++i)
+            if (cost.all(tiles, i, q.threads) < cost.all(tiles, parts, q.threads)) parts = i;
         for (const Tiling& t : tilings) items.push_back(items.back() + t.tiles() * parts);
     }
 

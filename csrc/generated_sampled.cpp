@@ -176,10 +176,18 @@ class GeneratedSampled {
     }
 
     void run() {
-        // Every thread sums its own tiles; where there are too few tiles, threads share one and split its rows.
+        // Threads share out tiles, each summing its own; or, where tiles are too few for that, the rows of every tile.
         const int64_t limit = std::max<int64_t>(1, kPartialBytes / 4 / program->slots);
-        tile_parts = std::clamp<int64_t>(std::min<int64_t>(t.tiles(), limit), 1, q.threads);
-        row_parts = q.threads / tile_parts;
+        const TileCost cost(t, g, q.nnz);
+        double least = 0;
+        for (int64_t i = 1; i <= std::min<int64_t>({t.tiles(), limit, q.threads}); ++i) {
+            const int64_t each = q.threads / i;
+            const double time = double((t.tiles() + i - 1) / i) * (cost.pack + cost.compute / double(each));
+            if (i > 1 && time >= least) continue;
+            least = time;
+            tile_parts = i;
+            row_parts = each;
+        }
         thread_local Scratch shared_sums;
         sums = shared_sums.floats(size_t(tile_parts * program->slots));
 #pragma omp parallel num_threads(q.threads)
