@@ -38,7 +38,7 @@ def test_pages_are_not_faulted_in_again():
     message, figures = run(FAULTS)
     returned, kept = map(int, figures.split())
     assert "kept for reuse" in message
-    assert kept < returned / 10
+    assert kept < returned / 4  # of five; one may move once, where something small took the freed block's beginning
 
 
 def test_another_allocator_is_left_alone(monkeypatch):
