@@ -21,7 +21,8 @@ torch.set_num_threads(1)
 faults()
 returned = faults()
 print(keep_freed_memory())
-faults()
+for _ in range(4):  # where aligned blocks lie in the heap settles within a few rounds
+    faults()
 print(returned, faults())
 """
 
@@ -38,7 +39,7 @@ def test_pages_are_not_faulted_in_again():
     message, figures = run(FAULTS)
     returned, kept = map(int, figures.split())
     assert "kept for reuse" in message
-    assert kept < returned / 4  # of five; one may move once, where something small took the freed block's beginning
+    assert kept < returned / 10
 
 
 def test_another_allocator_is_left_alone(monkeypatch):
