@@ -14,7 +14,6 @@ class Executable {
     Executable& operator=(const Executable&) = delete;
 
     bool valid() const { return memory_ != nullptr; }
-    size_t bytes() const { return bytes_; }
     template <class Function>
     Function entry(int64_t offset) const {
         return reinterpret_cast<Function>(static_cast<uint8_t*>(memory_) + offset);

@@ -146,7 +146,7 @@ class GatherCompiler {
 class GeneratedGather {
   public:
     explicit GeneratedGather(const Product& product) : q(product), g(product.geometry) {
-        for (int64_t i = 0; i < q.plane_count; ++i) tilings.emplace_back(g, q.planes[i], limits());
+        for (int64_t i = 0; i < q.plane_count; ++i) tilings.emplace_back(g, q.planes[i], generated_limits(q));
         split_work();
         bypass = q.dest.n == 1 && result_bytes(q) > kBypassBytes;
     }
@@ -194,8 +194,6 @@ class GeneratedGather {
     std::vector<int64_t> items{0};  // running count of work items per plane
     bool bypass = false;            // whether the destination is too large to wait in a cache
     int64_t parts = 1;              // row parts of a tile, where tiles alone do not keep the threads busy
-
-    TileLimits limits() const { return generated_limits(q); }
 
     void split_work() {
         int64_t tiles = 0;
