@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from sparse_ft.bench import StepComparison, compare_steps
 from sparse_ft.data import Data, PreparedData, Task, prepare
 from sparse_ft.data.images import Augment
-from sparse_ft.hub import ModelError, load_model, resolve
+from sparse_ft.hub import ModelError, ModelSource, load_model, resolve
 from sparse_ft.masks import sparsity
 from sparse_ft.nn import SparseModule
 from sparse_ft.report import write_report
@@ -30,12 +31,25 @@ class ModelChoice:
         pretrained: for `timm/ARCHITECTURE`: timm's default weights instead of random ones.
         revision: branch, tag or commit on the Hub.
         token: Hub token; None uses the login's.
+        reference, renames, zero_threshold: for a checkpoint file of another tool, see `sparse_ft.from_pretrained`.
     """
 
     name: str
     pretrained: bool = False
     revision: str | None = None
     token: str | None = None
+    reference: str | None = None
+    renames: Sequence[tuple[str, str]] = ()
+    zero_threshold: float = 0.0
+
+    def source(self) -> ModelSource:
+        return resolve(
+            self.name,
+            revision=self.revision,
+            token=self.token,
+            pretrained=self.pretrained,
+            reference=self.reference,
+        )
 
 
 def load_for_training(choice: ModelChoice, data: Data) -> tuple[nn.Module, Any]:
@@ -54,6 +68,9 @@ def load_for_training(choice: ModelChoice, data: Data) -> tuple[nn.Module, Any]:
         pretrained=choice.pretrained,
         revision=choice.revision,
         token=choice.token,
+        reference=choice.reference,
+        renames=dict(choice.renames),
+        zero_threshold=choice.zero_threshold,
     )
     return model, load_processor(choice, data.task)
 
@@ -64,7 +81,7 @@ def load_processor(choice: ModelChoice, task: Task) -> Any:
     Raises:
         ModelError: a text model comes without tokenizer.
     """
-    folder = resolve(choice.name, revision=choice.revision, token=choice.token, pretrained=choice.pretrained).folder
+    folder = choice.source().folder
     if task == "image-classification":
         known = folder is not None and (folder / "preprocessor_config.json").is_file()
         return AutoImageProcessor.from_pretrained(folder) if known else None
@@ -270,7 +287,7 @@ def _figures(evaluation: dict[str, float]) -> dict[str, float]:
 
 def card_entries(choice: ModelChoice, data: Data) -> dict[str, Any]:
     """What the model card can say of the run's origins."""
-    source = resolve(choice.name, revision=choice.revision, token=choice.token, pretrained=choice.pretrained)
+    source = choice.source()
     card: dict[str, Any] = {"dataset_name": Path(data.name).name}
     if source.hub_id is not None:
         card["base_model"] = source.hub_id

@@ -17,6 +17,8 @@ COMMANDS = {
     "inspect": "show the sparsity of each layer, and what runs natively",
     "bench": "time training steps, dense against sparse",
     "recipe": "check, show and convert recipes",
+    "import": "bring a checkpoint of another tool into this one's layout",
+    "export": "write a model as ONNX, as a torch.export program, or dense",
     "push": "upload a finished folder to the Hugging Face Hub",
     "env": "show versions, instruction set and threads",
 }

@@ -176,7 +176,14 @@ def run(args: argparse.Namespace) -> None:
             discard_earlier_run(Path(args.output_dir))
         try:
             result = finetune(
-                ModelChoice(args.model, args.pretrained, args.revision),
+                ModelChoice(
+                    args.model,
+                    args.pretrained,
+                    args.revision,
+                    reference=args.reference,
+                    renames=args.rename,
+                    zero_threshold=args.zero_threshold,
+                ),
                 data,
                 training_args,
                 augment=args.augment,

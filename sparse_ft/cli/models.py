@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.hub import load_model, resolve
+from sparse_ft.hub.foreign import CHECKPOINT_SUFFIXES
 from sparse_ft.hub.transformers_models import create, task_of
 
 
@@ -21,20 +22,27 @@ def quieten_loading() -> None:
 def load_dense(args: argparse.Namespace) -> nn.Module:
     """The model that the options name, in dense form with its zeros."""
     quieten_loading()
-    return load_model(args.model, pretrained=args.pretrained, revision=args.revision)
+    return load_model(
+        args.model,
+        pretrained=args.pretrained,
+        revision=args.revision,
+        reference=args.reference,
+        renames=dict(args.rename),
+        zero_threshold=args.zero_threshold,
+    )
 
 
 def load_or_create(args: argparse.Namespace) -> nn.Module:
     """As `load_dense`; a file stands for the transformers configuration in it, with random weights."""
     path = Path(args.model)
-    return create(path) if path.is_file() else load_dense(args)
+    return create(path) if path.is_file() and not path.name.endswith(CHECKPOINT_SUFFIXES) else load_dense(args)
 
 
 def processor_beside(args: argparse.Namespace) -> Any:
     """Tokenizer or image processor of the model's folder, to be saved along; None if there is none."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    folder = resolve(args.model, pretrained=args.pretrained, revision=args.revision).folder
+    folder = resolve(args.model, pretrained=args.pretrained, revision=args.revision, reference=args.reference).folder
     if folder is None:
         return None
     if (folder / "preprocessor_config.json").is_file():

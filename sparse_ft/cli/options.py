@@ -67,6 +67,28 @@ def add_model_options(parser: argparse._ActionsContainer, *, positional: bool) -
         "--pretrained", action="store_true", help="for timm/ARCHITECTURE: timm's default weights, from the Hub"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    add_checkpoint_options(parser)
+
+
+def add_checkpoint_options(parser: argparse._ActionsContainer) -> None:
+    """Adds what tells how to read a checkpoint file of another tool."""
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="what MODEL is a checkpoint file of (.pth, .safetensors): timm/ARCHITECTURE, a folder with config.json, "
+        "or a Hub id",
+    )
+    parser.add_argument(
+        "--rename",
+        nargs="+",
+        default=[],
+        type=rename,
+        metavar="FROM=TO",
+        help="regular expressions to replace in the names of its tensors",
+    )
+    parser.add_argument(
+        "--zero-threshold", type=float, default=0.0, metavar="X", help="weights of at most this size become zero"
+    )
 
 
 def add_json_option(parser: argparse._ActionsContainer) -> None:
@@ -82,6 +104,14 @@ def fraction(text: str) -> float:
     if not 0.0 <= value < 1.0:
         raise argparse.ArgumentTypeError(f"must be a number from 0 up to but not including 1, not {text}")
     return value
+
+
+def rename(text: str) -> tuple[str, str]:
+    """An argument of the form FROM=TO; TO may be empty."""
+    old, separator, new = text.partition("=")
+    if not old or not separator:
+        raise argparse.ArgumentTypeError(f"must be FROM=TO, not {text}")
+    return old, new
 
 
 def positive(text: str) -> int:

@@ -78,10 +78,11 @@ def _validate(args: argparse.Namespace, recipe: "Recipe", out: TextIO) -> None:
     recipe.check_supported()
     weights = None
     if args.model:
-        from sparse_ft.cli.models import load_dense
+        from sparse_ft.cli.models import quieten_loading
+        from sparse_ft.hub import load_model
 
-        args.pretrained, args.revision = False, None
-        weights = len(recipe.check_names(load_dense(args)))
+        quieten_loading()
+        weights = len(recipe.check_names(load_model(args.model)))
     facts = {
         "recipe": recipe.name,
         "dialect": recipe.document.dialect,

@@ -1,9 +1,11 @@
 """Models by name: from the Hub, a folder, timm or the package, ready to train natively."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -11,11 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparse_ft.conversion import convert as convert_layers
+from sparse_ft.masks import prunable_layers
+from sparse_ft.nn import SparseModule
 
 from . import compact, timm_models, transformers_models
 from .bitmap import MASK_FILE, read_masks
 from .compact import COMPACT_FILE
 from .errors import ModelError
+from .foreign import bitmask, fit, read_checkpoint, renamed
 from .source import WEIGHT_FILES, resolve
 
 Masks = dict[str, Tensor]
@@ -37,6 +42,9 @@ def from_pretrained(
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    reference: str | Path | nn.Module | None = None,
+    renames: Mapping[str, str] | None = None,
+    zero_threshold: float = 0.0,
 ) -> nn.Module:
     """A model with its sparse layers in native form.
 
@@ -58,6 +66,10 @@ def from_pretrained(
         pretrained: For ``timm/ARCHITECTURE``: timm's default pretrained weights in place of random ones.
         model_args: For ``timm/ARCHITECTURE`` without weights: arguments of `timm.create_model`.
         dtype: Of the parameters. The native kernels compute in float32.
+        reference: Makes `name_or_path` a checkpoint file of another tool (see `docs/hub.md`), and says what model it
+            is of: a name as above (a config.json is enough), or a model of any kind, which is filled and returned.
+        renames: For a checkpoint file: regular expressions to be replaced in the names of its tensors.
+        zero_threshold: In layers that have no mask of their own, weights of at most this size become zero.
 
     Returns:
         The model, in the mode in which its library's own loader leaves it: timm's for training, transformers' for
@@ -67,8 +79,11 @@ def from_pretrained(
         ModelError: The model is not there, or cannot be used as asked; the message says why in one line.
     """
     model, masks = _load(
-        name_or_path, num_labels, label_names, task, for_trainer, revision, token, pretrained, model_args, dtype
-    )
+        name_or_path, num_labels, label_names, task, for_trainer, revision, token, pretrained, model_args, dtype,
+        reference, renames,
+    )  # fmt: skip
+    if zero_threshold:
+        zero_small_weights(model, zero_threshold, keep=masks)
     if convert:
         convert_layers(model, example_inputs, policy=policy, min_sparsity=min_sparsity, masks=masks)
     return model
@@ -86,6 +101,9 @@ def load_model(
     pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    reference: str | Path | nn.Module | None = None,
+    renames: Mapping[str, str] | None = None,
+    zero_threshold: float = 0.0,
 ) -> nn.Module:
     """The dense model, zeros included: `from_pretrained` with ``convert=False``."""
     return from_pretrained(
@@ -100,6 +118,9 @@ def load_model(
         pretrained=pretrained,
         model_args=model_args,
         dtype=dtype,
+        reference=reference,
+        renames=renames,
+        zero_threshold=zero_threshold,
     )
 
 
@@ -114,13 +135,23 @@ def _load(
     pretrained: bool,
     model_args: Mapping[str, Any] | None,
     dtype: torch.dtype,
+    reference: str | Path | nn.Module | None,
+    renames: Mapping[str, str] | None,
 ) -> tuple[nn.Module, Masks]:
+    if renames and reference is None:
+        raise ModelError("renames are for the checkpoint file of another tool: give a reference, too")
+    if isinstance(reference, nn.Module):
+        return _fill(reference, Path(name_or_path), renames or {})
     num_labels = _label_count(num_labels, label_names)
-    source = resolve(name_or_path, revision=revision, token=token, pretrained=pretrained)
+    source = resolve(name_or_path, revision=revision, token=token, pretrained=pretrained, reference=reference)
+    given: tuple[dict[str, Tensor], Masks] | None = None
+    if source.checkpoint is not None:
+        assert reference is not None
+        given = _read_foreign(source.checkpoint, reference, renames or {}, revision, token)
     if model_args and source.architecture is None:
         raise ModelError(f"model_args are for timm/ARCHITECTURE; {str(name_or_path)!r} has its own in config.json")
     if source.folder is not None and not _is_timm(_read_config(source.folder)):
-        weights, masks = _read_compact(source.folder)
+        weights, masks = given or _read_weights(source.folder)
         model = transformers_models.load(
             source.folder, weights, task=task, num_labels=num_labels, label_names=label_names, dtype=dtype
         )
@@ -130,9 +161,16 @@ def _load(
     masks = {}
     if source.folder is None:
         assert source.architecture is not None
-        model = timm_models.create(source.architecture, num_labels, model_args or {})
+        if given is None:
+            model = timm_models.create(source.architecture, num_labels, model_args or {})
+        else:
+            weights, masks = given
+            model = timm_models.create_with(
+                source.architecture, weights, num_labels, model_args or {}, str(name_or_path)
+            )
+            masks = _fitting(masks, model, Path(name_or_path), new_labels=num_labels is not None)
     else:
-        weights, masks = _read_compact(source.folder)
+        weights, masks = given or _read_weights(source.folder)
         if weights is None:
             weights = _read_safetensors(source.folder / "model.safetensors")
         model = timm_models.load(source.folder, weights, num_labels)
@@ -171,6 +209,48 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _is_timm(config: Mapping[str, Any]) -> bool:
     """Whether timm wrote the config, or transformers' TimmWrapper, which keeps timm's names."""
     return "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper"
+
+
+def zero_small_weights(model: nn.Module, threshold: float, keep: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Sets weights of at most `threshold` to zero, in every layer that pruning would look at.
+
+    Args:
+        keep: masks by weight name; these layers stay as they are.
+
+    Raises:
+        ModelError: The threshold is negative or not a number.
+    """
+    if not 0.0 <= threshold < math.inf:
+        raise ModelError(f"zero_threshold must be a number of at least 0, not {threshold}")
+    for name, layer in prunable_layers(model).items():
+        if f"{name}.weight" not in keep and not isinstance(layer, SparseModule):
+            weight = cast(Tensor, layer.weight).data
+            weight[weight.abs() <= threshold] = 0.0
+
+
+def _read_foreign(
+    path: Path, reference: str | Path, renames: Mapping[str, str], revision: str | None, token: str | None
+) -> tuple[dict[str, Tensor], Masks]:
+    """Weights and masks of a checkpoint file of another tool."""
+    checkpoint = read_checkpoint(
+        path, lambda: load_model(reference, revision=revision, token=token, dtype=torch.float32).state_dict()
+    )
+    return renamed(checkpoint.state_dict, renames), renamed(checkpoint.masks, renames)
+
+
+def _fill(model: nn.Module, path: Path, renames: Mapping[str, str]) -> tuple[nn.Module, Masks]:
+    """The model with the weights of a checkpoint file, and the file's masks."""
+    checkpoint = read_checkpoint(path, model.state_dict)
+    weights = fit(renamed(checkpoint.state_dict, renames), model.state_dict(), str(path))
+    model.load_state_dict(weights, strict=False)  # `fit` is stricter
+    return model, _fitting(renamed(checkpoint.masks, renames), model, path, new_labels=False)
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor] | None, Masks]:
+    """Weights that the model's own loader would not read, if the folder has such, and the masks beside weights."""
+    if bitmask.sparsity_format(_read_config(folder), str(folder)) is not None:
+        return bitmask.read(folder)
+    return _read_compact(folder)
 
 
 def _read_compact(folder: Path) -> tuple[dict[str, Tensor] | None, Masks]:

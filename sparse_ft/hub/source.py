@@ -2,7 +2,8 @@
 
 import difflib
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -12,10 +13,12 @@ from .bitmap import MASK_FILE
 from .bundled import BUNDLED_MODELS
 from .compact import COMPACT_FILE
 from .errors import ModelError, explain_hub_error
+from .foreign import CHECKPOINT_SUFFIXES
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.yaml", "model.safetensors", "model-*.safetensors", MASK_FILE]
+_HUB_DESCRIPTION = [pattern for pattern in _HUB_FILES if "safetensors" not in pattern]
 _HUB_IGNORED = ["checkpoint-*", "onnx/*", "runs/*"]
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -24,16 +27,23 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 class ModelSource:
     """A resolved model: either a `folder` with config.json and safetensors, or a timm `architecture` without weights.
 
-    `hub_id` is the repository that the folder was downloaded from, if it was.
+    `hub_id` is the repository that the folder was downloaded from, if it was. With a `checkpoint`, a file that
+    another tool wrote, the weights are that file's, and the others say what model they are of.
     """
 
     folder: Path | None = None
     architecture: str | None = None
     hub_id: str | None = None
+    checkpoint: Path | None = None
 
 
 def resolve(
-    name_or_path: str | Path, *, revision: str | None = None, token: str | None = None, pretrained: bool = False
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    pretrained: bool = False,
+    reference: str | Path | None = None,
 ) -> ModelSource:
     """Find the model that `name_or_path` stands for, downloading it if it is on the Hub.
 
@@ -41,37 +51,57 @@ def resolve(
         name_or_path: In this order of preference: a bundled name (``resnet20-cifar10``); a local folder, also as
             ``local-dir:FOLDER``; ``timm/ARCHITECTURE``, as in ``timm/resnet50``; a Hub id, also as
             ``hf-hub:USER/NAME``, either with ``@REVISION``. A timm name with a tag, as in
-            ``timm/resnet50.a1_in1k``, names weights and is the Hub id.
+            ``timm/resnet50.a1_in1k``, names weights and is the Hub id. With `reference`, a checkpoint file.
         revision: Branch, tag or commit of a Hub repository.
         token: Hub token; None uses the one of the login, if any.
         pretrained: For ``timm/ARCHITECTURE``: the weights that timm holds as its default, from the Hub.
+        reference: The model that a checkpoint file is of: a name as above, also a folder or repository that has a
+            config.json and no weights.
 
     Raises:
         ModelError: Nothing usable is there; a repository that has only pickled weights is not usable.
     """
     name = str(name_or_path)
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if reference is not None:
+        if not path.is_file():
+            raise ModelError(f"{name!r} is not a file; a reference is for the checkpoint file of another tool")
+        return replace(_resolve(reference, revision, token, pretrained=False, weights=False), checkpoint=path)
+    return _resolve(name_or_path, revision, token, pretrained=pretrained, weights=True)
+
+
+def _resolve(
+    name_or_path: str | Path, revision: str | None, token: str | None, *, pretrained: bool, weights: bool
+) -> ModelSource:
+    """As `resolve`; without `weights` a model's description is enough."""
+    name = str(name_or_path)
     if name in BUNDLED_MODELS:
-        return ModelSource(folder=_checked_folder(BUNDLED_MODELS[name]))
+        return ModelSource(folder=_checked_folder(BUNDLED_MODELS[name], weights))
     for prefix in _HUB_PREFIXES:
         if name.startswith(prefix):
-            return _download(name.removeprefix(prefix), revision, token)
+            return _download(name.removeprefix(prefix), revision, token, weights)
     path = Path(name.removeprefix("local-dir:")).expanduser()
     if path.exists() or isinstance(name_or_path, Path) or _looks_like_path(name):
-        return ModelSource(folder=_checked_folder(path))
+        return ModelSource(folder=_checked_folder(path, weights))
     if name.startswith("timm/") and "." not in name:
         architecture = name.removeprefix("timm/")
         if timm.is_model(architecture):
             return _pretrained(architecture, token) if pretrained else ModelSource(architecture=architecture)
-    return _download(name, revision, token)
+    return _download(name, revision, token, weights)
 
 
 def _looks_like_path(name: str) -> bool:
     return name.startswith(("local-dir:", "/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _checked_folder(path: Path) -> Path:
+def _checked_folder(path: Path, weights: bool) -> Path:
     if not path.exists():
         raise ModelError(f"model folder {str(path)!r} does not exist; bundled models: {', '.join(BUNDLED_MODELS)}")
+    if path.name.endswith(CHECKPOINT_SUFFIXES) and path.is_file():
+        raise ModelError(
+            f"{str(path)!r} is a checkpoint file, which does not say what model it is of: give as reference a folder "
+            "with config.json, a Hub id or timm/ARCHITECTURE"
+        )
     if not path.is_dir():
         raise ModelError(
             f"model {str(path)!r} is a file; give the folder that holds config.json and model.safetensors"
@@ -81,17 +111,20 @@ def _checked_folder(path: Path) -> Path:
         checkpoints = sorted(fnmatch.filter(files, "checkpoint-*"), key=lambda name: (len(name), name))
         hint = f"; did you mean {str(path / checkpoints[-1])!r}?" if checkpoints else ""
         raise ModelError(f"model folder {str(path)!r} has no config.json{hint}")
-    if not (any(file in files for file in WEIGHT_FILES) or (path / COMPACT_FILE).is_file()):
-        raise _no_weights(f"model folder {str(path)!r}", files)
+    if weights and not (any(file in files for file in WEIGHT_FILES) or (path / COMPACT_FILE).is_file()):
+        raise _no_weights(f"model folder {str(path)!r}", files, lambda file: (f"{path / file}", f"{path}"))
     return path
 
 
-def _no_weights(where: str, files: list[str]) -> ModelError:
+def _no_weights(where: str, files: list[str], way_out: Callable[[str], tuple[str, str]]) -> ModelError:
+    """`way_out` gives for a pickle what `sparse-ft import` needs to read it: the file and the reference."""
     pickles = [file for pattern in _PICKLES for file in fnmatch.filter(files, pattern) if file != "training_args.bin"]
     if pickles:
+        pickled, reference = way_out(pickles[0])
         return ModelError(
-            f"{where} has only pickled weights ({pickles[0]}), which can run code when they are read; if you trust "
-            "them, load them once with timm or transformers and save them again: both write model.safetensors"
+            f"{where} has only pickled weights ({pickles[0]}), which are never read unasked: they can run code; "
+            f"`sparse-ft import {pickled} --reference {reference} --output-dir DIR` reads such a file without running "
+            "code, and writes safetensors"
         )
     return ModelError(f"{where} has no weights: neither model.safetensors nor {COMPACT_FILE}")
 
@@ -100,25 +133,33 @@ def _pretrained(architecture: str, token: str | None) -> ModelSource:
     config = timm.get_pretrained_cfg(architecture)
     if config is None or not config.hf_hub_id:
         raise ModelError(f"timm has no pretrained weights on the Hub for the architecture {architecture!r}")
-    return _download(config.hf_hub_id, None, token)
+    return _download(config.hf_hub_id, None, token, True)
 
 
-def _download(name: str, revision: str | None, token: str | None) -> ModelSource:
+def _download(name: str, revision: str | None, token: str | None, weights: bool) -> ModelSource:
     repo_id, _, named_revision = name.partition("@")
     revision = revision or named_revision or None
     try:
         folder = Path(
             snapshot_download(
-                repo_id, revision=revision, token=token, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+                repo_id,
+                revision=revision,
+                token=token,
+                allow_patterns=_HUB_FILES if weights else _HUB_DESCRIPTION,
+                ignore_patterns=_HUB_IGNORED,
             )
         )
-        if not any((folder / file).is_file() for file in WEIGHT_FILES):
+        if weights and not any((folder / file).is_file() for file in WEIGHT_FILES):
             snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[COMPACT_FILE])
         if not (folder / "config.json").is_file():
             raise ModelError(f"model {repo_id!r} on the Hub has no config.json")
-        if not any((folder / file).is_file() for file in (*WEIGHT_FILES, COMPACT_FILE)):
+        if weights and not any((folder / file).is_file() for file in (*WEIGHT_FILES, COMPACT_FILE)):
             files = HfApi(token=token).list_repo_files(repo_id, revision=revision)
-            raise _no_weights(f"model {repo_id!r} on the Hub", files)
+            raise _no_weights(
+                f"model {repo_id!r} on the Hub",
+                files,
+                lambda file: (f"$(hf download {repo_id} {file} --quiet)", repo_id),
+            )
     except ModelError:
         raise
     except Exception as error:  # whatever the client and the transport below it raise

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from .errors import ModelError, one_line
+from .foreign import fit
 
 # Arguments that say where weights come from and how they are taken, which a stranger's config.json may not.
 _FACTORY_ARGUMENTS = {
@@ -60,6 +61,30 @@ def load(folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None
         raise ModelError(f"{folder}: {problem}") from error
     for name in ("state_dict", "source", "file"):  # of this load, not of the model
         model.pretrained_cfg.pop(name, None)
+    if num_classes is not None and num_classes != model.num_classes:
+        model.reset_classifier(num_classes)
+    return model
+
+
+def create_with(
+    architecture: str,
+    state_dict: Mapping[str, Tensor],
+    num_classes: int | None,
+    model_args: Mapping[str, Any],
+    where: str,
+) -> nn.Module:
+    """A timm model with the weights of a checkpoint, which also tells how many classes it was trained for.
+
+    Another `num_classes` replaces the classifier by a new one.
+
+    Raises:
+        ModelError: The weights are of another architecture; `where` is named as their place.
+    """
+    model: Any = timm.create_model(architecture, **model_args)
+    classifier = state_dict.get(f"{model.pretrained_cfg.get('classifier')}.weight")
+    if classifier is not None and classifier.dim() > 0 and len(classifier) != model.num_classes:
+        model.reset_classifier(len(classifier))
+    model.load_state_dict(fit(state_dict, model.state_dict(), where), strict=False)  # `fit` is stricter
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     return model

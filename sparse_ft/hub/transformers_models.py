@@ -58,6 +58,8 @@ def load(
         ModelError: The architecture or the task is unknown, or a weight outside the classifier does not fit.
     """
     config = _config(folder)
+    if state_dict is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config  # it says how the folder's own file is packed
     new_labels = num_labels is not None and num_labels != config.num_labels
     if new_labels or label_names is not None:
         names = label_names or [f"LABEL_{index}" for index in range(num_labels or 0)]
@@ -85,7 +87,24 @@ def load(
     of_body = [name for name in model.state_dict() if name.startswith(body)]
     if of_body and set(of_body) <= set(info["missing_keys"]):
         raise ModelError(f"{folder}: the weights file holds none of the weights of {model_class.__name__}")
+    if state_dict is not None:
+        _check_complete(info, model, folder, new_labels or task is not None or num_labels is not None)
     return model
+
+
+def _check_complete(info: Mapping[str, Any], model: Any, folder: Path, new_head: bool) -> None:
+    """Weights that were given are all the weights, but for those of a new head.
+
+    Raises:
+        ModelError: A weight of the model is missing, or a given one has no place.
+    """
+    body = f"{model.base_model_prefix}."
+    missing = sorted(name for name in info["missing_keys"] if not new_head or name.startswith(body))
+    unknown = sorted(name for name in info["unexpected_keys"] if not new_head or name.startswith(body))
+    if missing:
+        raise ModelError(f"{folder}: the weights lack {missing[0]}, which {type(model).__name__} needs")
+    if unknown:
+        raise ModelError(f"{folder}: {type(model).__name__} has no place for the weight {unknown[0]}")
 
 
 def create(config_file: Path) -> nn.Module:

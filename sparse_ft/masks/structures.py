@@ -113,3 +113,23 @@ def _pooled(values: Tensor, structure: Structure) -> Tensor:
     rows, columns = structure.first, structure.second
     padded = F.pad(values.movedim(0, -2), (0, -values.shape[-1] % columns, 0, -values.shape[0] % rows))
     return padded.unflatten(-1, (-1, columns)).sum(-1).movedim(-2, 0).unflatten(0, (-1, rows)).sum(1)
+
+
+def n_of_m(mask: Tensor, *, transposed: bool = False) -> str | None:
+    """ "N:M" if a mask keeps at most N, and nearly always N, of every M neighbouring inputs, N at most half of M.
+
+    Groups of 4, 8 and 16 are tried. None for any other mask, also for one that keeps nothing.
+
+    Args:
+        mask: bool, of a weight's stored shape.
+        transposed: for transformers' Conv1D.
+    """
+    for group in (4, 8, 16):
+        rows = to_canonical(mask, transposed)
+        if rows.shape[-1] % group:
+            continue
+        counts = rows.reshape(-1, group).sum(dim=1)
+        kept = int(counts.max()) if len(counts) else 0
+        if 0 < kept <= group // 2 and float(counts.double().mean()) > 0.95 * kept:
+            return f"{kept}:{group}"
+    return None

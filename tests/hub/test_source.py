@@ -42,7 +42,7 @@ def test_timm_architecture():
         (["checkpoint-20/config.json", "checkpoint-100/config.json"], r"did you mean '.*checkpoint-100'"),
         (["config.json"], "has no weights"),
         (["config.json", "training_args.bin"], "has no weights"),
-        (["config.json", "pytorch_model.bin"], r"only pickled weights \(pytorch_model.bin\).*save them again"),
+        (["config.json", "pytorch_model.bin"], r"only pickled weights \(pytorch_model.bin\).*sparse-ft import"),
     ],
 )
 def test_folder_without_a_model(tmp_path, files, message):

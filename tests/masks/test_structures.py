@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparse_ft.masks import compute_masks, prune
-from sparse_ft.masks.structures import Structure, expand_groups, group_scores, keep_n_of_m, parse_structure
+from sparse_ft.masks.structures import Structure, expand_groups, group_scores, keep_n_of_m, n_of_m, parse_structure
 
 
 @pytest.mark.parametrize(
@@ -105,3 +105,15 @@ def test_global_filters_compare_by_their_mean():
     masks = compute_masks({"small": small, "large": large}, 0.5, scope="global", structure="filter")
     assert masks["small"].all()
     assert masks["large"].all(1).tolist() == [False, False, True, True]  # 40 of 88 weights, the nearest to 44
+
+
+def test_n_of_m_of_a_mask():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(16, 64, generator=generator)
+    for kept, group in ((2, 4), (1, 4), (4, 8), (3, 8), (4, 16)):
+        mask = keep_n_of_m(scores, kept, group)
+        assert n_of_m(mask) == f"{kept}:{group}"
+        assert n_of_m(mask.t(), transposed=True) == f"{kept}:{group}"
+    assert n_of_m(scores < 0.5) is None and n_of_m(scores < 0.05) is None, "unstructured"
+    assert n_of_m(scores < -1) is None and n_of_m(scores < 2) is None, "nothing, everything"
+    assert n_of_m(keep_n_of_m(torch.rand(4, 6), 2, 4)) is None, "rows that are no whole number of groups"
