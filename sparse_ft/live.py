@@ -18,6 +18,8 @@ from sparse_ft.masks.names import weight_name
 from sparse_ft.masks.targets import typed_layers, unwrap
 from sparse_ft.nn import SparseModule
 from sparse_ft.optimizer_state import exchange
+from sparse_ft.parallel import convert_alike
+from sparse_ft.processes import of_first_process
 from sparse_ft.session import SparseSession
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class LiveForms:
     """Keeps the layers of a model in the form that suits the state of its recipe.
 
     Args:
-        session: the recipe at work; single-process trainings only.
+        session: the recipe at work.
         kept: masks of other weights whose zeros are kept, by weight name.
         example_inputs: gives a batch, for policy "auto".
         policy, min_sparsity, ignore: see `sparse_ft.convert`.
@@ -90,14 +92,15 @@ class LiveForms:
         before = native_layers(self._model)
         began = time.perf_counter()
         settled = self._session.settled
-        affordable = self._policy == "always" or self._spent <= SHARE * (began - self._began)
+        # By the clock of one process: all have to do the same.
+        affordable = self._policy == "always" or of_first_process(self._spent <= SHARE * (began - self._began))
         with self._exchanging():
             to_dense(self._model)
             if (settled and not self._final) or affordable:
                 self._final = settled
-                self.report = convert(
+                self.report = convert_alike(
                     self._model,
-                    self._example_inputs() if self._policy == "auto" else None,
+                    self._example_inputs if self._policy == "auto" else lambda: None,
                     policy=self._policy,
                     min_sparsity=self._min_sparsity,
                     ignore=[*self._ignore, *self._others(masks)],

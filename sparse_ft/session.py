@@ -151,11 +151,16 @@ class SparseSession:
     def acts_within(self, steps: int) -> bool:
         """Whether so many next steps may change masks, or the next one looks at gradients of pruned weights."""
         training = self.training
-        return (training.masks.dense_gradients and not training.sparseml) or any(
-            training.clock.event(modifier.timing, modifier.phase, step)
-            for modifier in self._modifiers
-            if isinstance(modifier, MaskedTargets)
-            for step in range(training.step, training.step + steps)
+        masks = training.masks
+        return (
+            masks.watched
+            or (masks.dense_gradients and not training.sparseml)
+            or any(
+                training.clock.event(modifier.timing, modifier.phase, step)
+                for modifier in self._modifiers
+                if isinstance(modifier, MaskedTargets)
+                for step in range(training.step, training.step + steps)
+            )
         )
 
     @property
@@ -271,14 +276,14 @@ class SparseSession:
         self._announce_gradients()
 
     def _announce_gradients(self) -> None:
-        """Lets the gradients of the next step pass the masks if a modifier has to see them."""
+        """Lets the gradients of the next step pass the masks, or be noted, if a modifier asks for it."""
         training = self.training
+        active = [modifier for modifier in self._modifiers if modifier.phase.started and not modifier.phase.ended]
         # SparseML masks gradients when all modifiers have had their say, and not before.
         training.masks.dense_gradients = training.sparseml or any(
-            modifier.wants_dense_gradients(training, training.step)
-            for modifier in self._modifiers
-            if modifier.phase.started and not modifier.phase.ended
+            modifier.wants_dense_gradients(training, training.step) for modifier in active
         )
+        training.masks.watched = any(modifier.watches_gradients(training, training.step) for modifier in active)
 
     def apply_masks(self, model: nn.Module) -> None:
         """Zeroes the pruned weights of another model of the same names: an average (EMA) of the weights, for one."""

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -39,11 +40,12 @@ from sparse_ft.hub.load import from_pretrained
 from sparse_ft.hub.save import INFO_FILE, save_pretrained
 from sparse_ft.hub.timm_models import is_timm_model
 from sparse_ft.interrupt import InterruptRequest, TrainingInterrupted
-from sparse_ft.live import LiveForms
+from sparse_ft.live import LiveForms, native_layers
 from sparse_ft.masks import mask_state, sparsity
 from sparse_ft.masks.targets import typed_layers
 from sparse_ft.memory import keep_freed_memory
 from sparse_ft.nn import FrozenMasks, SparseModule, freeze_masks
+from sparse_ft.parallel import Replicas, convert_alike, ignore_patterns
 from sparse_ft.randomness import preserved_random_state
 from sparse_ft.recipes import Recipe
 from sparse_ft.recipes.recipe import Compat
@@ -129,6 +131,7 @@ class SparseTrainer(Trainer):
         self.teacher = _load_teacher(teacher or args.distill_teacher)
         self.session: SparseSession | None = None
         self._live: LiveForms | None = None
+        self._replicas: Replicas | None = None
         self._kept_masks: dict[str, Tensor] = {}  # of the zeros that the model has before
         self._recipe_masks: dict[str, Tensor] = {}  # at the end of the recipe
         self._checkpoint_session: dict[str, Any] | None = None
@@ -203,11 +206,9 @@ class SparseTrainer(Trainer):
         self._live = None
         if self.session is None or args.sparse_policy == "none" or args.device.type != "cpu":
             return
-        if args.world_size > 1 or (args.sparse_policy == "auto" and (args.bf16 or args.fp16)):
+        if args.sparse_policy == "auto" and (args.bf16 or args.fp16):
             if self.recipe is not None and self.recipe.pruned_weights(self.session.training.model):
-                self.announce(
-                    "layers that the recipe prunes train dense: they run natively in one float32 process only"
-                )
+                self.announce("layers that the recipe prunes train dense: they run natively in float32 only")
             return
         self._live = LiveForms(
             self.session,
@@ -224,11 +225,13 @@ class SparseTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if self._live.report is not None and self._live.report is not self.conversion_report:
             self.conversion_report = self._live.report
-            count = len(_native_layers(model))
+            count = len(native_layers(model))
             self.announce(f"step {self.state.global_step}: {count} layers run on the native sparse kernels now")
         if self._frozen is not None:
             self._frozen.remove()
         self._frozen = freeze_masks(model, self._kept_masks)
+        if self._replicas is not None:
+            self._replicas.renew()
 
     def _end_session(self) -> None:
         if self.session is not None:
@@ -300,10 +303,20 @@ class SparseTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._make_sparse()
+        ignore_patterns(self.accelerator.unwrap_model(self.model))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._start_session(max_steps, train_dataloader, resumes=resume_from_checkpoint is not None)
         self._start_live_forms()
+        self._replicas = None
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            self._replicas = Replicas(self.model_wrapped, self._masks_of_gradients)
         return prepared
+
+    def _masks_of_gradients(self) -> dict[str, Tensor]:
+        """Masks that the gradients of this step keep to, by weight name."""
+        if self.session is None or self.session.training.masks.dense_gradients:
+            return self._kept_masks
+        return self._kept_masks | self.session.masks
 
     def _make_sparse(self) -> None:
         """Records the masks, converts the model and holds the pruned layers left dense."""
@@ -333,25 +346,17 @@ class SparseTrainer(Trainer):
         checkpoint = self._checkpoint_state
         masks = self._kept_masks if checkpoint is None or checkpoint.masks is None else checkpoint.masks
         options: dict[str, Any] = {"min_sparsity": args.min_sparsity, "masks": masks}
-        if chosen is None and args.process_index == 0:
-            self.conversion_report = convert(
+        if chosen is None:
+            self.conversion_report = convert_alike(
                 model,
-                self.example_inputs(),
+                self.example_inputs,
                 policy=args.sparse_policy,
                 ignore=[*(args.sparse_ignore or ()), *(name for name in pruned if name in typed_layers(model))],
                 **options,
             )
-            chosen = _native_layers(model)
             if self.conversion_report.note:
                 self.announce(self.conversion_report.note)
-        if args.world_size > 1:
-            # Each process would measure for itself, and the gradients of different layers cannot be averaged.
-            box = [chosen]
-            torch.distributed.broadcast_object_list(box, src=0)
-            chosen = box[0]
-        present = set(_native_layers(model))
-        missing = [name for name in chosen or [] if name not in present]
-        if missing:
+        elif missing := [name for name in chosen if name not in native_layers(model)]:
             self.conversion_report = convert(model, layers=missing, **options)
 
     def _sample_losses(self, count: int, seed: int, batch_size: int | None) -> Iterator[Tensor]:
@@ -427,7 +432,7 @@ class SparseTrainer(Trainer):
         if self.optimizer is None:
             self._own_optimizer = True
             name = OptimizerNames(self.args.optim).value
-            if name.startswith(("galore", "apollo")) and _native_layers(self.model):
+            if name.startswith(("galore", "apollo")) and native_layers(self.model):
                 raise ValueError(
                     f"optim={name} projects whole weight matrices, which natively sparse layers do not have: choose "
                     "another optimizer, or sparse_policy='none'"
@@ -460,7 +465,7 @@ class SparseTrainer(Trainer):
         if not self._kept_masks:
             self.announce("the model has no zeros to keep: every layer trains dense")
             return
-        native = [name for name in _native_layers(model) if f"{name}.weight" in self._kept_masks]
+        native = [name for name in native_layers(model) if f"{name}.weight" in self._kept_masks]
         others = ", the others dense with their zeros kept" if len(native) < len(self._kept_masks) else ""
         self.announce(
             f"{len(native)} of {len(self._kept_masks)} pruned layers run on the native sparse kernels{others}; "
@@ -604,7 +609,7 @@ class SparseTrainer(Trainer):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
                 self._save_recipe(Path(output_dir or self._folder))
-                info = json.dumps({NATIVE_LAYERS: _native_layers(model)}, indent=2)
+                info = json.dumps({NATIVE_LAYERS: native_layers(model)}, indent=2)
                 Path(output_dir or self._folder, INFO_FILE).write_text(info + "\n", encoding="utf-8")
             return
         if not self.args.should_save:
@@ -616,7 +621,7 @@ class SparseTrainer(Trainer):
             processor=self.processing_class or getattr(self.data_collator, "tokenizer", None),
             metrics=self._last_evaluation(),
             card=self.card | ({"model_id": self.hub_model_id} if self.hub_model_id else {}),
-            extra={NATIVE_LAYERS: names_on_disk(model, _native_layers(model))},
+            extra={NATIVE_LAYERS: names_on_disk(model, native_layers(model))},
         )
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self._save_recipe(folder)
@@ -771,10 +776,6 @@ class _CrossEntropy:
 def _gives_bare_logits(model: nn.Module) -> bool:
     """Whether the model has no loss of its own."""
     return not isinstance(model, PreTrainedModel) and "labels" not in inspect.signature(model.forward).parameters
-
-
-def _native_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, SparseModule)]
 
 
 def _detail(error: BaseException) -> str:

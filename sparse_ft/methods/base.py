@@ -114,7 +114,11 @@ class Modifier:
         """After `load_state_dict`, in the middle of its time: bring about again what no checkpoint keeps."""
 
     def wants_dense_gradients(self, training: Training, step: int) -> bool:
-        """Whether the gradients of that step have to reach pruned weights."""
+        """Whether the gradients of that step have to reach pruned weights, which then train."""
+        return False
+
+    def watches_gradients(self, training: Training, step: int) -> bool:
+        """Whether it looks at gradients of pruned weights at that step; see `WeightMasks.gradient`."""
         return False
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_ft.masks import masks_from_scores
 from sparse_ft.masks.prune import keep_highest
 
 from .base import Scheduled
@@ -51,15 +50,8 @@ class DynamicSparsity(MaskedTargets, Scheduled):
             raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
 
     def start(self, training: Training) -> None:
-        self.attach(training)
-        training.refuse_native(self.targets)
-        self.warn_of_unusual(training)
-        weights = {name: target.parameter.detach() for name, target in self.targets.items()}
-        masks = masks_from_scores(
-            {name: weight.abs().float() for name, weight in weights.items()},
-            dict.fromkeys(weights, self.final_sparsity),
-            scope=_SCOPES[self.sparsity_strategy],
-        )
+        self.begin(training)
+        masks = self.masks_by_size(self.final_sparsity, scope=_SCOPES[self.sparsity_strategy])
         training.masks.hold(self.owner, self.targets, training.agree(masks))
 
     @torch.no_grad()

@@ -102,6 +102,49 @@ class MaskedTargets(Modifier):
                 self.type_name, listed, more,
             )  # fmt: skip
 
+    def begin(self, training: Training) -> None:
+        """Finds the weights at the start: dense ones, and warns of unusual ones."""
+        self.attach(training)
+        training.refuse_native(self.targets)
+        self.warn_of_unusual(training)
+
+    def masks_by_score(
+        self,
+        scores: Mapping[str, Tensor],
+        sparsity: Mapping[str, float],
+        *,
+        scope: str,
+        structure: str = "unstructured",
+        first: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The masks that keep the highest scores.
+
+        Args:
+            scores: of each weight, by name.
+            sparsity: by name.
+            first: True for weights that go before all others; those that are zero if it is not given.
+        """
+        if first is None:
+            first = {name: self.targets[name].parameter.detach() == 0 for name in scores}
+        return masks_from_scores(
+            {name: values if values.dtype == torch.float64 else values.float() for name, values in scores.items()},
+            sparsity,
+            scope=scope,
+            structure=structure,
+            pruned=first,
+            transposed={name for name, target in self.targets.items() if target.transposed},
+        )
+
+    def masks_by_size(self, sparsity: float, *, scope: str, structure: str = "unstructured") -> dict[str, Tensor]:
+        """The masks that keep the largest weights."""
+        return self.masks_by_score(
+            self.sizes(), dict.fromkeys(self.targets, sparsity), scope=scope, structure=structure
+        )
+
+    def sizes(self) -> dict[str, Tensor]:
+        """The absolute values of the weights by name."""
+        return {name: target.parameter.detach().abs() for name, target in self.targets.items()}
+
     def rebind(self, targets: Mapping[str, Target]) -> None:
         """Goes on with the parameters that layers have after they have changed their form."""
         self.targets = {name: targets[name] for name in self.targets}
@@ -204,16 +247,19 @@ class GradualPruning(MaskedTargets, Scheduled):
     @torch.no_grad()
     def update(self, training: Training) -> None:
         training.refuse_native(self.targets)
+        masks = self.masks(training, self.sparsities(training.clock, training.step))
+        training.masks.hold(self.owner, self.targets, training.agree(masks))
+
+    def masks(self, training: Training, sparsities: Mapping[str, float]) -> dict[str, Tensor]:
+        """The masks of these sparsities, by name."""
         scores = self.scores(training)
-        masks = masks_from_scores(
-            {name: values if values.dtype == torch.float64 else values.float() for name, values in scores.items()},
-            self.sparsities(training.clock, training.step),
+        return self.masks_by_score(
+            scores,
+            sparsities,
             scope=self.budget_scope(),
             structure=self.mask_type,
-            pruned={name: self.goes_first(training, name) for name in scores},
-            transposed={name for name, target in self.targets.items() if target.transposed},
+            first={name: self.goes_first(training, name) for name in scores},
         )
-        training.masks.hold(self.owner, self.targets, training.agree(masks))
 
     def goes_first(self, training: Training, name: str) -> Tensor:
         """bool: the weights that are pruned before all others: those that are zero already."""

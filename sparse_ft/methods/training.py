@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_ft.masks.targets import unwrap
 from sparse_ft.optimizer_state import clear_pruned, inner_optimizer
+from sparse_ft.processes import is_parallel
 
 from .clock import Clock, SparsemlClock
 from .targets import Target, is_native
@@ -32,6 +33,12 @@ class _Held:
     pruned: Tensor = field(default_factory=lambda: torch.empty(0))
     bits: Tensor = field(default_factory=lambda: torch.empty(0))
     hook: torch.utils.hooks.RemovableHandle | None = None
+    seen: Tensor | None = None  # the gradient, also where it is pruned
+
+    def see(self, gradient: Tensor) -> None:
+        """Notes a gradient that has accumulated and is to be masked: pruned places have only what came last."""
+        before = torch.zeros_like(gradient) if self.seen is None else self.seen
+        self.seen = torch.where(self.kept, gradient, before + gradient)
 
     def renew(self) -> None:
         """Takes the masks of the owners together."""
@@ -64,7 +71,8 @@ class WeightMasks:
         self._released: list[int] = []
         self._masked_at = 0  # `changes` when gradients were masked last
         self.changes = 0  # how often masks were set or let go
-        self.dense_gradients = False  # gradients of this step reach pruned weights, for methods that look at them
+        self.dense_gradients = False  # gradients of this step reach pruned weights, which are about to train
+        self._watched = False
 
     def names(self) -> list[str]:
         """Of the weights under a mask."""
@@ -120,16 +128,46 @@ class WeightMasks:
     def _gradient_hook(self, held: _Held):
         def hook(parameter: Tensor) -> None:
             if parameter.grad is not None and not self.dense_gradients:
+                if self._watched:
+                    held.see(parameter.grad)
                 held.zero(parameter.grad)
 
         return hook
+
+    @property
+    def watched(self) -> bool:
+        """Whether gradients of this step are noted before they are masked, for methods that look at them.
+
+        The optimizer, and what clips gradients before it, see them masked as at any other step.
+        """
+        return self._watched
+
+    @watched.setter
+    def watched(self, watched: bool) -> None:
+        self._watched = watched
+        for held in self._held.values():
+            held.seen = None
+
+    @torch.no_grad()
+    def gradient(self, name: str) -> Tensor | None:
+        """The gradient of this step also where it is pruned, of a weight under a mask; see `watched`.
+
+        Its average over all processes, which is computed here.
+        """
+        held = self._held[name]
+        if held.seen is None:
+            return held.target.parameter.grad
+        if not is_parallel():
+            return held.seen
+        average = held.seen / torch.distributed.get_world_size()
+        torch.distributed.all_reduce(average)
+        return average
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zeroes the gradients of pruned weights, unless the hooks have done so: they have not if masks have changed
         since, if gradients were to be dense, or if an all-reduce came after."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        done = self._masked_at == self.changes and not self.dense_gradients and not distributed
+        done = self._masked_at == self.changes and not self.dense_gradients and not is_parallel()
         self._masked_at = self.changes
         for held in self._held.values():
             if done and held.hook is not None:
@@ -223,9 +261,7 @@ class Training:
 
     def agree(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """The masks of the first process, for all of them: rounding may order two scores differently."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return masks
-        if torch.distributed.get_world_size() == 1:
+        if not is_parallel():
             return masks
         flat = torch.cat([mask.flatten() for mask in masks.values()]).to(torch.uint8)
         torch.distributed.broadcast(flat, src=0)
@@ -234,7 +270,7 @@ class Training:
 
     def share(self, values: Tensor) -> Tensor:
         """The values of the first process, for all of them."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_parallel():
             values = values.contiguous()
             torch.distributed.broadcast(values, src=0)
         return values

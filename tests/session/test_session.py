@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from loop import OPTIMIZERS, PRUNABLE, STEPS, Network, batch, gmp, make, train, zeros
 from torch import nn
 
@@ -376,3 +377,43 @@ def test_infinite_gradients_of_pruned_weights_do_no_harm():
     session.after_step()
     assert model.hidden.weight.isfinite().all()
     assert not model.hidden.weight[pruned].any()
+
+
+def test_gradients_that_a_method_watches_stay_masked():
+    """Clipping has to see the same norm at a step that looks at pruned weights as at any other."""
+    rigl = (
+        "modifiers:\n  - !RigLPruningModifier {params: ['conv.weight', 'hidden.weight'], final_sparsity: 0.75,"
+        " start_epoch: 0, end_epoch: 3, update_frequency: 0.6, num_grads: 2}\n"
+    )
+    model, optimizer, session = make(rigl)
+    watched = 0
+    for step in range(4 * STEPS):
+        optimizer.zero_grad()
+        for images, labels in zip(*(each.split(8) for each in batch(step)), strict=True):
+            (F.cross_entropy(model(images), labels) / 2).backward()
+        masks = session.training.masks
+        for name, mask in session.masks.items():
+            gradient = model.get_parameter(name).grad
+            assert not gradient[~mask].any()
+            if masks.watched:
+                whole = dict(zip(masks.names(), whole_gradients(model, batch(step), masks.names()), strict=True))
+                torch.testing.assert_close(masks.gradient(name), whole[name])
+        watched += masks.watched
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        session.before_step()
+        optimizer.step()
+        session.after_step()
+    assert 4 < watched < 12
+
+
+def whole_gradients(model, data, names):
+    """Those of the whole batch, with the running statistics left alone."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    weights = [model.get_parameter(name) for name in names]
+    losses = [
+        F.cross_entropy(model(images), labels) / 2 for images, labels in zip(*(d.split(8) for d in data), strict=True)
+    ]
+    gradients = torch.autograd.grad(sum(losses), weights)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
+    return gradients

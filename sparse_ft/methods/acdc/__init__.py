@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from sparse_ft.masks import masks_from_scores
 from sparse_ft.masks.budgets import SCOPES
 from sparse_ft.optimizer_state import clear
 
@@ -66,24 +65,15 @@ class ACDCPruning(MaskedTargets, Scheduled):
         if sparse != self._sparse:
             training.refuse_native(self.targets)
         if sparse and not self._sparse:
-            training.masks.hold(self.owner, self.targets, training.agree(self._masks()))
+            scope = self.scope or ("global" if self.global_sparsity else "uniform")
+            masks = self.masks_by_size(self.compression_sparsity, scope=scope, structure=self.mask_type)
+            training.masks.hold(self.owner, self.targets, training.agree(masks))
         elif self._sparse and not sparse:
             training.masks.release(self.owner, at_once=True)
             if self.momentum_buffer_reset and not training.sparseml:
                 for target in self.targets.values():
                     clear(training.optimizer, target.parameter)
         self._sparse = sparse
-
-    def _masks(self):
-        weights = {name: target.parameter.detach() for name, target in self.targets.items()}
-        return masks_from_scores(
-            {name: weight.abs() for name, weight in weights.items()},
-            dict.fromkeys(weights, self.compression_sparsity),
-            scope=self.scope or ("global" if self.global_sparsity else "uniform"),
-            structure=self.mask_type,
-            pruned={name: weight == 0 for name, weight in weights.items()},
-            transposed={name for name, target in self.targets.items() if target.transposed},
-        )
 
     def wants_dense_gradients(self, training: Training, step: int) -> bool:
         # The first step of a dense phase moves all weights already.

@@ -10,7 +10,7 @@ from ..training import Training
 
 class _Magnitude(GradualPruning):
     def scores(self, training: Training) -> dict[str, Tensor]:
-        return {name: target.parameter.detach().abs() for name, target in self.targets.items()}
+        return self.sizes()
 
 
 @register("GMPruningModifier")

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ft.masks import masks_from_scores
-
 from ..fields import FLAG, MAPPING, Field, FieldError, field, integer, number, read_fields
 from ..pruning import GradualPruning
 from ..registry import register
@@ -79,13 +77,7 @@ class OBSPruning(GradualPruning):
         inverse = self._inverse_fisher(training, seed)
         with torch.no_grad():
             scores = {name: self._scores(name, blocks) for name, blocks in inverse.items()}
-            masks = masks_from_scores(
-                scores,
-                sparsities,
-                scope=self.budget_scope(),
-                structure=self.mask_type,
-                pruned={name: self.goes_first(training, name) for name in scores},
-            )
+            masks = self.masks_by_score(scores, sparsities, scope=self.budget_scope(), structure=self.mask_type)
             masks = training.agree(masks)
             for name, mask in masks.items():
                 weight = self.targets[name].parameter

@@ -2,7 +2,6 @@
 
 import torch
 
-from sparse_ft.masks import masks_from_scores
 from sparse_ft.masks.budgets import SCOPES
 from sparse_ft.masks.structures import parse_structure
 
@@ -33,18 +32,8 @@ class OneShotPruning(MaskedTargets, Modifier):
 
     @torch.no_grad()
     def start(self, training: Training) -> None:
-        self.attach(training)
-        training.refuse_native(self.targets)
-        self.warn_of_unusual(training)
-        weights = {name: target.parameter.detach() for name, target in self.targets.items()}
-        masks = masks_from_scores(
-            {name: weight.abs().float() for name, weight in weights.items()},
-            dict.fromkeys(weights, self.sparsity),
-            scope=self.scope,
-            structure=self.mask_type,
-            pruned={name: weight == 0 for name, weight in weights.items()},
-            transposed={name for name, target in self.targets.items() if target.transposed},
-        )
+        self.begin(training)
+        masks = self.masks_by_size(self.sparsity, scope=self.scope, structure=self.mask_type)
         training.masks.hold(self.owner, self.targets, training.agree(masks))
 
     def preview(self, clock: Clock, step: int) -> dict[str, float]:

@@ -15,7 +15,8 @@ from ..training import Training
 class RigL(DynamicSparsity):
     """Dynamic sparse training from scratch: small weights are dropped, and those with the largest gradients grow.
 
-    Gradients of pruned weights are computed only at the steps before an update that look at them.
+    Gradients of pruned weights are computed only at the steps before an update that look at them, and are hidden from
+    the optimizer and from gradient clipping.
     """
 
     source = "Evci et al. 2020, arXiv 1911.11134"
@@ -28,7 +29,7 @@ class RigL(DynamicSparsity):
         super().start(training)
         self._sums = {}
 
-    def wants_dense_gradients(self, training: Training, step: int) -> bool:
+    def watches_gradients(self, training: Training, step: int) -> bool:
         coming = range(step, step + self.num_grads)
         return any(training.clock.event(self.timing, self.phase, later).updates for later in coming)
 
@@ -38,16 +39,16 @@ class RigL(DynamicSparsity):
         self._sums = {}
 
     def before_step(self, training: Training) -> None:
-        if self.num_grads > 1 and self.wants_dense_gradients(training, training.step + 1):
+        if self.num_grads > 1 and self.watches_gradients(training, training.step + 1):
             self._collect(training)
 
     @torch.no_grad()
     def _collect(self, training: Training) -> None:
-        if not training.masks.dense_gradients:
+        if not (training.masks.watched or training.sparseml):
             return
-        for name, target in self.targets.items():
-            if target.parameter.grad is not None:
-                gradient = target.parameter.grad.detach()
+        for name in training.masks.of(self.owner):
+            gradient = training.masks.gradient(name)
+            if gradient is not None:
                 self._sums[name] = self._sums[name] + gradient if name in self._sums else gradient.clone()
 
     def growth(self, training: Training, name: str) -> Tensor:

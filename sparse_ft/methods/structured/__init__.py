@@ -24,4 +24,4 @@ class StructuredPruning(GradualPruning):
     param_groups: Any = field(NOTHING, None, doc="Only none: filters that go together are not supported.")
 
     def scores(self, training: Training) -> dict[str, Tensor]:
-        return {name: target.parameter.detach().abs() for name, target in self.targets.items()}
+        return self.sizes()
