@@ -58,7 +58,7 @@ class LiveForms:
         self._policy = policy
         self._min_sparsity = min_sparsity
         self._ignore = list(ignore)
-        self._seen = session.training.masks.changes
+        self._seen = session.convertible
         self._spent = 0.0
         self._began = time.perf_counter()
         self._chosen: list[str] = native_layers(self._model)
@@ -72,10 +72,11 @@ class LiveForms:
             return self._densify()
         if session.acts_within(GAP):
             return False
-        changed, self._seen = self._seen != session.training.masks.changes, session.training.masks.changes
+        changed = not _same(self._seen, convertible := session.convertible)
+        self._seen = convertible
         if not changed and (native_layers(self._model) or not self._chosen):
             return False
-        masks = self._kept | session.convertible
+        masks = self._kept | convertible
         if not masks or (self._policy == "none"):
             return False
         return self._nativize(masks)
@@ -126,6 +127,11 @@ class LiveForms:
         with preserved_parameters(self._model, self._session.training.optimizer):
             yield
         self._session.rebind()
+
+
+def _same(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    # A mask that is set anew is another tensor.
+    return masks.keys() == others.keys() and all(mask is others[name] for name, mask in masks.items())
 
 
 def native_layers(model: nn.Module) -> list[str]:

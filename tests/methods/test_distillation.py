@@ -70,6 +70,40 @@ def test_layers_of_the_teacher():
     assert not model.conv._forward_hooks and not teacher.conv._forward_hooks
 
 
+class Wide(Network):
+    """A teacher with more features in its layers."""
+
+    def __init__(self):
+        super().__init__(seed=5)
+        self.conv = torch.nn.Conv2d(4, 12, 3, stride=2, padding=1)
+        self.norm = torch.nn.BatchNorm2d(12)
+        self.hidden = torch.nn.Linear(12 * 9, 40)
+        self.head = torch.nn.Linear(40, 4)
+
+
+def test_features_are_mapped_to_those_of_a_wider_teacher():
+    text = gmp() + LAYERS
+    whole = make(text, Wide())
+    losses = train(*whole, 8)
+    assert losses[-1][1] - losses[-1][0] < 0.9 * (losses[0][1] - losses[0][0])
+    saved = copy.deepcopy([part.state_dict() for part in whole])
+    assert saved[2]["modifiers"][1]["state"]["projections"]["0"]["map"].shape == (12, 8)
+    train(*whole, 7)
+    model, optimizer, session = make(text, Wide(), seed=3)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    session.load_state_dict(saved[2])
+    train(model, optimizer, session, 7)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in whole[0].state_dict().items())
+    assert len(optimizer.param_groups) == 1
+
+
+def test_features_that_are_not_to_be_mapped():
+    text = gmp() + LAYERS.replace("gain: 0.05", "gain: 0.05, project_features: false")
+    with pytest.raises(RecipeError, match=r"shape \(16, 8, 3, 3\) and, of the teacher, \(16, 12, 3, 3\)"):
+        train(*make(text, Wide()), 1)
+
+
 def test_self_is_the_model_of_the_beginning_and_resumes_exactly():
     whole = make(gmp() + DISTIL, "self")
     train(*whole, 8)

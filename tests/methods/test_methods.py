@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_ft import RecipeError
+from sparse_ft import RecipeError, SparseSession
 
 sys.path.append(str(Path(__file__).parents[1] / "session"))
 
@@ -166,3 +166,94 @@ def test_obs_needs_a_sampler():
     model, optimizer, session = make(recipe(obs()), grad_sampler=None)
     with pytest.raises(RecipeError, match="OBSPruningModifier: needs a grad_sampler"):
         train(model, optimizer, session, 1)
+
+
+def test_topkast_computes_with_fewer_weights_than_it_trains():
+    fields = "params: ['hidden.weight'], forward_sparsity: 0.8, backward_sparsity: 0.5, start_epoch: 0, end_epoch: 3"
+    model, optimizer, session = make(
+        recipe(f"!TopKASTPruningModifier {{{fields}, update_frequency: 0.4, active_weight_decay: 0.02}}")
+    )
+    modifier, weight = session._modifiers[0], model.hidden.weight
+    sets, before = [], None
+
+    def check(step):
+        nonlocal before
+        if step >= 3 * STEPS:
+            return
+        assert int((weight == 0).sum()) == round(0.8 * weight.numel())
+        trains = session.masks["hidden.weight"]
+        assert int((~trains).sum()) == round(0.5 * weight.numel())
+        hidden = modifier.hidden["hidden.weight"]
+        assert torch.equal(weight[weight != 0], hidden[weight != 0])
+        if before is not None:  # what does not train keeps its value
+            assert torch.equal(hidden[~trains], before[~trains])
+            assert (hidden != before)[trains & (weight == 0)].any()
+        before = hidden.clone()
+        sets.append((weight != 0).clone())
+
+    train(model, optimizer, session, 4 * STEPS, each=check)
+    assert (sets[-1] & ~sets[0]).any()  # others compute at the end than at the beginning
+    assert torch.equal(session.masks["hidden.weight"], weight != 0)
+
+
+def test_a_learned_threshold_moves_along_its_gradient_and_its_decay():
+    fields = "params: ['hidden.weight'], start_epoch: 0, end_epoch: 3, init_threshold: 0.02, threshold_decay: 0.5"
+    model, optimizer, session = make(recipe(f"!STRPruningModifier {{{fields}}}"))
+    train(model, optimizer, session, 2)
+    modifier = session._modifiers[0]
+    s = torch.tensor(modifier._s["hidden.weight"], requires_grad=True)
+    hidden = modifier.hidden["hidden.weight"].clone().requires_grad_()
+    view = hidden.sign() * F.relu(hidden.abs() - torch.sigmoid(s))
+    torch.testing.assert_close(model.hidden.weight, view)
+
+    images, labels = batch(2)
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    outputs = torch.func.functional_call(model, {"hidden.weight": view}, (images,))
+    F.cross_entropy(outputs, labels).backward()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(statistics[name])
+    expected = float((s - 0.05 * (s.grad + 0.5 * s)).detach())
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    torch.testing.assert_close(model.hidden.weight.grad, hidden.grad)
+    session.before_step()
+    assert modifier._s["hidden.weight"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_filters_of_a_group_go_together():
+    class Residual(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = torch.nn.Conv2d(3, 8, 3)
+            self.b = torch.nn.Conv2d(4, 8, 1)
+            self.other = torch.nn.Conv2d(4, 6, 1)
+
+    def pruned(groups):
+        model = Residual()
+        text = recipe(
+            f"!StructuredPruningModifier {{init_sparsity: 0, final_sparsity: 0.5, start_epoch: 0, end_epoch: 1,"
+            f" update_frequency: 1, param_groups: {groups}}}"
+        )
+        session = SparseSession(model, text, torch.optim.SGD(model.parameters(), 0.0), 1, total_steps=1)
+        session.before_step()
+        session.after_step()
+        masks = {name: mask.flatten(1) for name, mask in session.masks.items()}
+        assert all(torch.equal(mask.any(1), mask.all(1)) for mask in masks.values())
+        return model, {name: mask.all(1) for name, mask in masks.items()}
+
+    fresh = Residual()
+    means = torch.cat([fresh.a.weight.flatten(1), fresh.b.weight.flatten(1)], 1).abs().mean(1)
+    _, kept = pruned("[[a.weight, b]]")
+    assert torch.equal(kept["a.weight"], kept["b.weight"])
+    assert set(kept["a.weight"].nonzero().flatten().tolist()) == set(means.topk(4).indices.tolist())
+    assert int(kept["other.weight"].sum()) == 3
+    _, apart = pruned("null")
+    assert not torch.equal(apart["a.weight"], apart["b.weight"])
+    for groups, problem in (
+        ("[[a, other]]", "as many filters: a.weight 8, other.weight 6"),
+        ("[[a, b], [b, a]]", "is in two groups"),
+        ("[[a, c]]", "'c' matches no parameter"),
+    ):
+        with pytest.raises(RecipeError, match=f"param_groups: .*{problem}"):
+            pruned(groups)

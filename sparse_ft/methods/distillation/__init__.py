@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from sparse_ft.masks.targets import prunable_layers
 
 from ..base import Modifier
-from ..fields import EPOCH, FLAG, NEVER, NOTHING, TEXTS, either, exactly, field, number
+from ..fields import EPOCH, FLAG, NEVER, NOTHING, TEXTS, either, field, number
 from ..registry import register
 from ..training import Training
+from .projections import Projections
 
 _OPTIONAL_TEXTS = either(TEXTS, NOTHING)
 LOGITS = "logits"
@@ -88,7 +89,9 @@ class Distillation(_Distilling):
 class PerLayerDistillation(_Distilling):
     """Learns from the outputs of a teacher's layers: loss + gain x the mean of their squared differences.
 
-    The difference of a layer is relative to the mean square of the teacher's output with `normalize`.
+    The difference of a layer is relative to the mean square of the teacher's output with `normalize`. Where the layers
+    have different numbers of features, a linear map from the model's to the teacher's is trained beside the model, by
+    Adam with the learning rate of the training.
     """
 
     source = "Kurtic et al. 2023, arXiv 2310.06927"
@@ -100,10 +103,7 @@ class PerLayerDistillation(_Distilling):
     teacher_layer_names: Any = field(
         _OPTIONAL_TEXTS, None, doc="The teacher's, in the same order; the same names if not given."
     )
-    project_features: Any = field(
-        either(exactly(False, "false"), exactly(True, "true")), False,
-        doc="Without effect: layers must have outputs of one shape.",
-    )  # fmt: skip
+    project_features: bool = field(FLAG, True, doc="Map features to the teacher's where their numbers differ.")
     epsilon: float = field(number(0, above=True), 1e-6, doc="Added to the size of the teacher's output.")
 
     def check(self) -> None:
@@ -112,6 +112,7 @@ class PerLayerDistillation(_Distilling):
             raise self.wrong("teacher_layer_names", "must be as many as student_layer_names")
 
     def listen(self, training: Training) -> None:
+        self._projections = Projections()
         names = self.student_layer_names or list(prunable_layers(training.model, []))
         theirs = self.teacher_layer_names or names
         self._heard: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -139,17 +140,37 @@ class PerLayerDistillation(_Distilling):
         for place, output in ours.items():
             target = theirs[place]
             if output.shape != target.shape:
-                raise ValueError(
-                    f"layers have outputs of shape {tuple(output.shape)} and, of the teacher, {tuple(target.shape)}"
-                )
+                output = self._projected(training, place, output, target)
             difference = F.mse_loss(output, target)
             terms.append(difference / (target.square().mean() + self.epsilon) if self.normalize else difference)
         ours.clear()
         theirs.clear()
         return loss + self.gain * scale * sum(terms) / max(1, len(terms))
 
+    def _projected(self, training: Training, place: str, output: Tensor, target: Tensor) -> Tensor:
+        """The output with as many features as the teacher's."""
+        axis = 1 if output.ndim == 4 else -1
+        ours, theirs = (list(features.shape) for features in (output, target))
+        counts = ours.pop(axis), theirs.pop(axis)
+        if not self.project_features or ours != theirs:
+            raise ValueError(
+                f"layers have outputs of shape {tuple(output.shape)} and, of the teacher, {tuple(target.shape)}"
+            )
+        if place not in self._projections.maps:
+            self._projections.add(place, *counts, like=output)
+        return F.linear(output.movedim(axis, -1), self._projections.maps[place]).movedim(-1, axis)
+
+    def before_step(self, training: Training) -> None:
+        self._projections.step(training.optimizer.param_groups[0]["lr"])
+
     def end(self, training: Training) -> None:
         self.stop_listening()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"projections": self._projections.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._projections.load_state_dict(state["projections"])
 
 
 def _hear(heard: dict[str, Tensor], place: str, in_training: bool):

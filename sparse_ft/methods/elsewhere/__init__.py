@@ -41,14 +41,6 @@ class MFAC(GradualPruning):
     grad_sampler_kwargs: Any = field(ANYTHING, None, doc="Of the sampler of gradients.")
 
 
-@register("TopKASTPruningModifier")
-class TopKAST(Unsupported):
-    """Sparse training with a wider mask in the backward than in the forward pass."""
-
-    source = "Jayakumar et al. 2020, arXiv 2106.03517"
-    unsupported = "is not supported here: RigLPruningModifier and SETPruningModifier train sparse from the beginning"
-
-
 @register("PowerpropagationModifier")
 class Powerpropagation(Unsupported):
     """Trains weights in a form in which small ones stay small."""
