@@ -36,6 +36,9 @@ class Assembler {
     void fma_broadcast(int z, int a, Register base, int32_t disp) {
         vector_memory(k0F38, k66, 0xB8, z, a, base, disp, 4, kBroadcast);
     }
+    void multiply_broadcast(int z, int a, Register base, int32_t disp) {  // z = a * the same
+        vector_memory(k0F, kNone, 0x59, z, a, base, disp, 4, kBroadcast);
+    }
     // z += a * [base + disp] in the lanes of k1; the other lanes keep their value, whatever memory holds
     void fma_masked(int z, int a, Register base, int32_t disp) {
         vector_memory(k0F38, k66, 0xB8, z, a, base, disp, 64, kMask1);

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "depthwise.h"
+#include "empty_planes.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -209,7 +210,8 @@ class GatherProduct {
 }  // namespace
 
 const char* gather_product(const Product& product) {
-    return is_depthwise(product) ? Depthwise(product).run() : GatherProduct(product).run();
+    if (is_depthwise(product)) return Depthwise(product).run();
+    return clearing_empty_planes(product, [](const Product& q) { return GatherProduct(q).run(); });
 }
 
 }  // namespace SPARSE_FT_ISA

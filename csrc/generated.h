@@ -1,7 +1,6 @@
 // What the two generated products share: tiles, packing, and when they pay.
 #pragma once
 #include "panel.h"
-#include "transpose16.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {

@@ -8,6 +8,8 @@
 #include <omp.h>
 
 #include "assembler.h"
+#include "bypass.h"
+#include "empty_planes.h"
 #include "executable.h"
 #include "generated.h"
 #include "programs.h"
@@ -18,6 +20,7 @@ namespace {
 
 constexpr int64_t kGatherRows = 28;             // accumulators; the other four registers hold source vectors
 constexpr int64_t kBandRows = 4 * kGatherRows;  // staged before they go to a channels-last destination: whole lines
+constexpr int64_t kSliceBytes = 16 << 10;       // of results staged at a time
 constexpr int64_t kChunkNonzeros = 2048;        // of one chunk, whose code then fits the first-level instruction cache
 
 // x, values: of the chunk; out_row: bytes from a row's lanes to the next row's; bias: of the chunk's rows.
@@ -103,15 +106,20 @@ class GatherCompiler {
         a.reserve(size_t(2 * (end - begin) + (end - begin) / 256 + 4 * chunk.rows + 20));
         a.load_argument(rax, 8);
         const int64_t top = a.size();
-        if (chunk.begins) {
-            a.load_argument(r10, 16);
-            for (int r = 0; r < chunk.rows; ++r) a.broadcast(r, r10, r * 4);
-        } else {
+        uint32_t fresh = 0;  // rows whose first product is their value so far
+        if (!chunk.begins) {
             a.move(r10, rdx);
             for (int r = 0; r < chunk.rows; ++r) {
                 a.load(r, r10, 0);
                 a.add(r10, rax);
             }
+        } else if (q.bias) {
+            a.load_argument(r10, 16);
+            for (int r = 0; r < chunk.rows; ++r) a.broadcast(r, r10, r * 4);
+        } else {
+            for (int64_t i = begin; i < end; ++i) fresh |= 1u << entries[size_t(i)].row;
+            for (int r = 0; r < chunk.rows; ++r)
+                if (!(fresh >> r & 1)) a.zero(r);
         }
         a.move(r11, rsi);
         int32_t at = 0;  // r11 - rsi
@@ -127,7 +135,11 @@ class GatherCompiler {
                 a.add(r11, value + 128 * 4 - at);
                 at = value + 128 * 4;
             }
-            a.fma_broadcast(entry.row, source, r11, value - at);
+            if (fresh >> entry.row & 1)
+                a.multiply_broadcast(entry.row, source, r11, value - at);
+            else
+                a.fma_broadcast(entry.row, source, r11, value - at);
+            fresh &= ~(1u << entry.row);
             program->order.push_back(q.perm ? q.perm[entry.index] : entry.index);
         }
         a.move(r10, rdx);
@@ -158,7 +170,7 @@ class GeneratedGather {
             return false;
         for (int64_t i = 0; i < q.plane_count; ++i) {
             Programs::Key key = tilings[i].key(g);
-            key.insert(key.begin(), {q.perm ? 1 : 0, i});
+            key.insert(key.begin(), {q.perm ? 1 : 0, q.bias ? 1 : 0, i});
             programs.push_back(q.programs->find_or_make<GatherProgram>(
                 key, [&] { return GatherCompiler(q, tilings[i], q.planes[i]).compile(problem); }));
             if (programs.back() == nullptr) return false;
@@ -206,7 +218,6 @@ class GeneratedGather {
     }
 
     void compute(int64_t item, const float* values, Scratch& panel_scratch, Scratch& stage_scratch) {
-        static constexpr float kNoBias[kGatherRows] = {};
         const int64_t plane = std::upper_bound(items.begin(), items.end(), item) - items.begin() - 1;
         const Plane& p = q.planes[plane];
         const Tiling& t = tilings[plane];
@@ -221,6 +232,7 @@ class GeneratedGather {
 
         // A chunk's rows are staged and then written one after another: 28 interleaved streams of stores to as
         // many pages take twice the time. Sums of a reduction in blocks wait there for the next block.
+        const bool follow = tile.cols == 1 || (d.x * g.dest_step_x == t.lanes && tile.lanes == t.lanes);
         const int64_t stage_rows = t.blocks > 1 ? rows : kBandRows;
         const int64_t stage_row = d.n == 1 ? (tile.rows * run.vectors + 1) * kLanes : kLanes;
         const int64_t stage_vector = d.n == 1 ? kLanes : stage_rows * kLanes;
@@ -237,15 +249,26 @@ class GeneratedGather {
                 const int64_t slot = t.blocks > 1 ? chunk.row : d.n == 1 ? 0 : chunk.row % kBandRows;
                 float* to = stage + slot * stage_row;
                 const auto code = program.code->entry<GatherCode>(chunk.entry);
-                const float* bias = q.bias ? q.bias + chunk.row : kNoBias;
-                for (int64_t r = 0; r < tile.rows; ++r)
-                    code(panel + r * t.row_stride, values + first_value[plane] + chunk.value,
-                         to + r * run.vectors * kLanes, run.vectors, run.step * 4, stage_vector * 4, stage_row * 4,
-                         bias);
-                if (!chunk.ends) continue;
+                const float* bias = q.bias ? q.bias + chunk.row : nullptr;
+                const auto compute_slice = [&](const Slice& slice) {
+                    for (int64_t r = 0; r < slice.rows; ++r)
+                        code(panel + (slice.row + r) * t.row_stride + slice.vector * run.step,
+                             values + first_value[plane] + chunk.value, to + r * slice.vectors * kLanes, slice.vectors,
+                             run.step * 4, stage_vector * 4, stage_row * 4, bias);
+                };
                 const int64_t stop = chunk.row + chunk.rows, band = (stop - 1) / kBandRows * kBandRows;
+                if (d.n == 1 && chunk.begins && chunk.ends) {
+                    for_each_slice(tile, run, follow, chunk.rows, [&](const Slice& slice) {
+                        compute_slice(slice);
+                        scatter_rows(p, t, tile, run, follow, slice, chunk.row, stop, to, stage_row);
+                    });
+                    continue;
+                }
+                const Slice whole{0, tile.rows, 0, run.vectors};
+                compute_slice(whole);
+                if (!chunk.ends) continue;
                 if (d.n == 1)
-                    scatter_rows(p, t, tile, run, chunk.row, stop, to, stage_row);
+                    scatter_rows(p, t, tile, run, follow, whole, chunk.row, stop, to, stage_row);
                 else if (stop % kBandRows == 0 || stop == rows)
                     scatter_band(tile, run, band, stop, stage + (t.blocks > 1 ? band : 0) * stage_row, stage_vector);
             }
@@ -253,29 +276,45 @@ class GeneratedGather {
         });
     }
 
-    void scatter_rows(const Plane& p, const Tiling& t, const Tile& tile, const Run& run, int64_t row, int64_t end,
-                      const float* from, int64_t row_step) const {
+    // A part of a tile: `rows` rows of positions from `row` on, of each of them `vectors` vectors from `vector` on.
+    struct Slice {
+        int64_t row, rows, vector, vectors;
+    };
+
+    // Slices whose results wait in the first-level cache until they are written.
+    template <class Body>
+    static void for_each_slice(const Tile& tile, const Run& run, bool follow, int64_t chunk_rows, Body body) {
+        const int64_t fit = std::max<int64_t>(kSliceBytes / (kLanes * 4 * chunk_rows), 1);
+        const int64_t parts = follow ? (run.vectors + fit - 1) / fit : 1, widest = (run.vectors + parts - 1) / parts;
+        const int64_t rows = std::clamp<int64_t>(fit / widest, 1, tile.rows);
+        for (int64_t r = 0; r < tile.rows; r += rows)
+            for (int64_t v = 0; v < run.vectors; v += widest)
+                body(Slice{r, std::min(rows, tile.rows - r), v, std::min(widest, run.vectors - v)});
+    }
+
+    // `follow`: whether the positions of a row lie one after another in the destination.
+    void scatter_rows(const Plane& p, const Tiling& t, const Tile& tile, const Run& run, bool follow,
+                      const Slice& slice, int64_t row, int64_t end, const float* from, int64_t row_step) const {
         const View& d = q.dest;
-        const int64_t column = d.x * g.dest_step_x;
-        const bool follow = tile.cols == 1 || (column == t.lanes && tile.lanes == t.lanes);
-        const int64_t pieces = follow ? 1 : tile.cols, length = follow ? run.floats : tile.lanes;
+        const int64_t column = d.x * g.dest_step_x, pieces = follow ? 1 : tile.cols;
+        const int64_t first = slice.vector * kLanes;
+        const int64_t length = follow ? std::min(run.floats - first, slice.vectors * kLanes) : tile.lanes;
         for (; row < end; ++row, from += row_step)
-            for (int64_t r = 0; r < tile.rows; ++r)
+            for (int64_t r = 0; r < slice.rows; ++r)
                 for (int64_t c = 0; c < pieces; ++c)
-                    write(d.data + row * d.c + (p.dest_y + (tile.y + r) * g.dest_step_y) * d.y + p.dest_x * d.x +
-                              (tile.x + c) * column + tile.n,
-                          from + r * run.vectors * kLanes + c * t.lanes, length);
+                    write(d.data + row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
+                              p.dest_x * d.x + (tile.x + c) * column + tile.n + first,
+                          from + r * slice.vectors * kLanes + c * t.lanes, length);
     }
 
     // Large results bypass the caches, which saves reading the lines that they replace.
     void write(float* to, const float* from, int64_t count) const {
-        if (!bypass || reinterpret_cast<uintptr_t>(to) % 64 != 0) {
+        if (count % kLanes != 0 || (bypass && reinterpret_cast<uintptr_t>(to) % 64 != 0))
             std::memcpy(to, from, size_t(count) * sizeof(float));
-            return;
-        }
-        int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) store_around(to + i, load(from + i));
-        std::memcpy(to + i, from + i, size_t(count - i) * sizeof(float));
+        else if (bypass)
+            for (int64_t i = 0; i < count; i += kLanes) store_around(to + i, load(from + i));
+        else
+            for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
     }
 
     void scatter_band(const Tile& tile, const Run& run, int64_t row, int64_t end, const float* from,
@@ -293,13 +332,15 @@ class GeneratedGather {
 
 const char* generated_gather_product(const Product& product) {
     if (!worth_generating(product)) return gather_product(product);
-    GeneratedGather gather(product);
-    const char* problem = nullptr;
-    if (gather.prepare(&problem))
-        gather.run();
-    else if (problem == nullptr)
-        return gather_product(product);
-    return problem;
+    return clearing_empty_planes(product, [](const Product& q) {
+        GeneratedGather gather(q);
+        const char* problem = nullptr;
+        if (gather.prepare(&problem))
+            gather.run();
+        else if (problem == nullptr)
+            return gather_product(q);
+        return problem;
+    });
 }
 
 }  // namespace SPARSE_FT_ISA

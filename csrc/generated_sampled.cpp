@@ -287,15 +287,18 @@ class GeneratedSampled {
                     const float* corner = from + i + v * kLanes * d.n;
                     const int64_t samples = std::min<int64_t>(kLanes, tile.lanes - v * kLanes);
                     for (int64_t n = 0; n < samples; ++n)  // the next block's, while this one is computed
-                        __builtin_prefetch(corner + block.rows + n * d.n, 0, 2);
+                        prefetch(corner + block.rows + n * d.n);
                     transpose16(corner, d.n, samples, stage + v * vector + i * kLanes, kLanes,
                                 std::min<int64_t>(16, block.rows - i), true);
                 }
             return;
         }
         const bool follow = tile.cols == 1 || (d.x == t.lanes && tile.lanes == t.lanes);
+        const int64_t whole = follow ? run.floats / kLanes : 0;
+        const int64_t ahead = rows_ahead(run.floats);
         for (int64_t i = 0; i < block.rows; ++i, from += d.c, stage += kLanes) {
-            const int64_t whole = follow ? run.floats / kLanes : 0;
+            if (follow && i + ahead < block.rows)
+                for (int64_t v = 0; v < whole; ++v) prefetch(from + ahead * d.c + v * kLanes);
             for (int64_t v = 0; v < whole; ++v) store(stage + v * vector, load(from + v * kLanes));
             // Lane by lane: position and sample, missing samples as zeros.
             for (int64_t lane = whole * kLanes; lane < run.vectors * kLanes; ++lane) {

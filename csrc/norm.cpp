@@ -10,6 +10,7 @@
 
 #include "activation.h"
 #include "api.h"
+#include "bypass.h"
 #include "each_vector.h"
 #include "simd.h"
 
@@ -78,13 +79,23 @@ struct Channel {  // one channel's way from x to v
     }
 };
 
+// Writes at(i, count) to all of a channel, around the caches where the whole result is too large for them.
+template <class At>
+void write_channel(const Norm& q, float* to, At at) {
+    const bool around = q.channels * q.size * 4 > kBypassBytes && reinterpret_cast<uintptr_t>(to) % (4 * kLanes) == 0;
+    if (around)
+        each_vector(q.size, [&](int64_t i, int count) {
+            count == kLanes ? store_around(to + i, at(i, count)) : store(to + i, at(i, count), count);
+        });
+    else
+        each_vector(q.size, [&](int64_t i, int count) { store(to + i, at(i, count), count); });
+}
+
 template <class Act, bool kResidual>
 void apply(const Norm& q, int64_t c) {
     const Channel channel(q, c);
-    float* y = q.y + c * q.size;
-    each_vector(q.size, [&](int64_t i, int count) {
-        store(y + i, Act::value(channel.before_activation<kResidual>(i, count)), count);
-    });
+    write_channel(q, q.y + c * q.size,
+                  [&](int64_t i, int count) { return Act::value(channel.before_activation<kResidual>(i, count)); });
 }
 
 enum class Slope { kFromX, kFromResidual, kFromOutput };  // what tells the activation's slope beside x
@@ -136,12 +147,12 @@ void channel_backward(const Norm& q, int64_t c) {
     const vec through_x = splat(float(double(scale) * rstd * rstd * sum_gx / double(q.size)));
     const auto second_pass = [&](auto before) {
         if (q.training)
-            each_vector(q.size, [&](int64_t i, int count) {
+            write_channel(q, to, [&](int64_t i, int count) {
                 const vec d = load(x + i, count) - mean;
-                store(to + i, before(i, count) * scale_v - d * through_x - through_mean, count);
+                return before(i, count) * scale_v - d * through_x - through_mean;
             });
         else  // x takes no part, whatever it is
-            each_vector(q.size, [&](int64_t i, int count) { store(to + i, before(i, count) * scale_v, count); });
+            write_channel(q, to, [&](int64_t i, int count) { return before(i, count) * scale_v; });
     };
     if (kept)
         second_pass([&](int64_t i, int count) { return load(kept + i, count); });
@@ -162,23 +173,31 @@ void backward(const Norm& q, int64_t c) {
 void norm_forward(const Norm& q) {
     with_activation(q.activation, [&](auto act) {
         using Act = decltype(act);
-#pragma omp parallel for schedule(static) num_threads(q.threads)
-        for (int64_t c = 0; c < q.channels; ++c) {
-            if (q.measure) channel_statistics(q, c);
-            q.rstd[c] = float(1.0 / std::sqrt(double(q.variance[c]) + q.eps));
-            if (q.y == nullptr) continue;
-            if (q.residual)
-                apply<Act, true>(q, c);
-            else
-                apply<Act, false>(q, c);
+#pragma omp parallel num_threads(q.threads)
+        {
+#pragma omp for schedule(static) nowait
+            for (int64_t c = 0; c < q.channels; ++c) {
+                if (q.measure) channel_statistics(q, c);
+                q.rstd[c] = float(1.0 / std::sqrt(double(q.variance[c]) + q.eps));
+                if (q.y == nullptr) continue;
+                if (q.residual)
+                    apply<Act, true>(q, c);
+                else
+                    apply<Act, false>(q, c);
+            }
+            finish_stores_around();
         }
     });
 }
 
 void norm_backward(const Norm& q) {
     with_activation(q.activation, [&](auto act) {
-#pragma omp parallel for schedule(static) num_threads(q.threads)
-        for (int64_t c = 0; c < q.channels; ++c) backward<decltype(act)>(q, c);
+#pragma omp parallel num_threads(q.threads)
+        {
+#pragma omp for schedule(static) nowait
+            for (int64_t c = 0; c < q.channels; ++c) backward<decltype(act)>(q, c);
+            finish_stores_around();
+        }
     });
 }
 

@@ -7,6 +7,7 @@
 #include "api.h"
 #include "simd.h"
 #include "tiling.h"
+#include "transpose.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -53,27 +54,60 @@ struct Tile {  // one tile's place: first sample, position row and column, and i
     }  // contiguous lanes of one position row (cols > 1 only with full lanes)
 };
 
-inline void pack_row(const Tiling& t, const Tile& tile, const View& s, int64_t source_w, const float* row,
-                     int64_t phase, float* to) {
-    // Only the columns that the clipped tile reaches are packed.
-    const int64_t count = tile.cols + t.x.reach;
-    const int64_t step = t.x.step, first = t.x.source(tile.x, phase, 0);
-    // Entries i with 0 <= first + i * step < source_w.
-    const int64_t low = std::clamp<int64_t>(first >= 0 ? 0 : (-first + step - 1) / step, 0, count);
-    const int64_t high = std::clamp<int64_t>(first >= source_w ? 0 : (source_w - 1 - first) / step + 1, low, count);
-    std::memset(to, 0, size_t(low * t.lanes) * sizeof(float));
-    const float* from = row + (first + low * step) * s.x;
-    if (step * s.x == t.lanes && tile.lanes == t.lanes) {
-        std::memcpy(to + low * t.lanes, from, size_t((high - low) * t.lanes) * sizeof(float));
-    } else {
-        for (int64_t i = low; i < high; ++i, from += step * s.x) {
-            std::memcpy(to + i * t.lanes, from, size_t(tile.lanes) * sizeof(float));
-            if (tile.lanes < t.lanes)
-                std::memset(to + i * t.lanes + tile.lanes, 0, size_t(t.lanes - tile.lanes) * sizeof(float));
-        }
+// Channels lie pages apart, where the processor's own prefetching begins anew at each: so many of them ahead, rows of
+// `floats` are fetched by hand.
+inline int64_t rows_ahead(int64_t floats) { return std::clamp<int64_t>(2048 / std::max<int64_t>(floats, 1), 1, 8); }
+
+// One row of positions of one column phase, packed from every channel alike.
+class RowCopy {
+  public:
+    RowCopy(const Tiling& t, const Tile& tile, const View& s, int64_t source_w, int64_t phase)
+        : lanes(tile.lanes), padded(t.lanes), step(t.x.step * s.x) {
+        // Only the columns that the clipped tile reaches are packed.
+        const int64_t x = t.x.source(tile.x, phase, 0), hop = t.x.step;
+        count = tile.cols + t.x.reach;
+        // Entries i with 0 <= x + i * hop < source_w.
+        low = std::clamp<int64_t>(x >= 0 ? 0 : (-x + hop - 1) / hop, 0, count);
+        high = std::clamp<int64_t>(x >= source_w ? 0 : (source_w - 1 - x) / hop + 1, low, count);
+        first = (x + low * hop) * s.x;
+        joined = lanes == padded && (step == lanes || high - low == 1);
+        if (joined) run = (high - low) * lanes;
     }
-    std::memset(to + high * t.lanes, 0, size_t((count - high) * t.lanes) * sizeof(float));
-}
+
+    // `row`: of a channel, at the tile's first sample.
+    void copy(const float* row, float* to) const {
+        clear(to, low * padded);
+        const float* from = row + first;
+        float* at = to + low * padded;
+        if (joined) {
+            std::memcpy(at, from, size_t(run) * sizeof(float));
+        } else if (lanes == padded && lanes % kLanes == 0) {  // too short for calls
+            for (int64_t i = low; i < high; ++i, from += step, at += padded)
+                for (int64_t lane = 0; lane < lanes; lane += kLanes) store(at + lane, load(from + lane));
+        } else {
+            for (int64_t i = low; i < high; ++i, from += step, at += padded) {
+                std::memcpy(at, from, size_t(lanes) * sizeof(float));
+                clear(at + lanes, padded - lanes);
+            }
+        }
+        clear(to + high * padded, (count - high) * padded);
+    }
+
+    int64_t ahead() const { return rows_ahead((high - low) * lanes); }
+    void fetch(const float* row) const {  // the lines that copy() will read
+        constexpr int64_t kLine = 16;
+        const int64_t pieces = joined ? 1 : high - low, length = joined ? run : lanes;
+        for (int64_t i = 0; i < pieces; ++i)
+            for (int64_t k = 0; k < length; k += kLine) prefetch(row + first + i * step + k);
+    }
+
+  private:
+    int64_t lanes, padded, step;  // samples there, samples packed; floats from one entry to the next
+    int64_t count, low, high;     // entries, of which [low, high) are inside the source
+    int64_t first, run = 0;       // floats: where entry `low` is; all entries, if they are joined
+    bool joined;                  // whether the entries follow one another as they are packed
+    static void clear(float* to, int64_t floats) { std::memset(to, 0, size_t(floats) * sizeof(float)); }
+};
 
 // Packs channels [channel, channel + count) of the source into the panel.
 inline void pack_panel(const Tiling& t, const Tile& tile, const Geometry& g, const View& s, int64_t channel,
@@ -89,9 +123,13 @@ inline void pack_panel(const Tiling& t, const Tile& tile, const Geometry& g, con
                     for (int64_t c = 0; c < count; ++c)
                         std::memset(to + c * t.channel_stride, 0, size_t(entries * t.lanes) * sizeof(float));
                 } else if (s.n == 1) {
-                    const float* row = s.data + channel * s.c + y * s.y + tile.n;
-                    for (int64_t c = 0; c < count; ++c)
-                        pack_row(t, tile, s, g.source_w, row + c * s.c, px, to + c * t.channel_stride);
+                    const RowCopy row(t, tile, s, g.source_w, px);
+                    const float* from = s.data + channel * s.c + y * s.y + tile.n;
+                    const int64_t ahead = row.ahead();
+                    for (int64_t c = 0; c < count; ++c) {
+                        if (c + ahead < count) row.fetch(from + (c + ahead) * s.c);
+                        row.copy(from + c * s.c, to + c * t.channel_stride);
+                    }
                 } else {
                     for (int64_t i = 0; i < entries; ++i) {
                         const int64_t x = t.x.source(tile.x, px, i);

@@ -33,6 +33,12 @@ inline vec load_some(const float* p, int count) {
     return v;
 }
 
+// Into the second-level cache. GCC drops calls of a function that does nothing but this, unless it holds an `asm`.
+inline void prefetch(const float* p) {
+    __builtin_prefetch(p, 0, 2);
+    asm volatile("");
+}
+
 // Stores a whole, aligned vector to memory around the caches. Where there is no such store, an ordinary one.
 inline void store_around(float* p, vec v) {
 #if defined(__AVX512F__)
@@ -107,51 +113,6 @@ inline vec8 sum8(const vec* v) {
     }
     return __builtin_shufflevector(r[0], r[1], 0, 1, 2, 3, 8, 9, 10, 11) +
            __builtin_shufflevector(r[0], r[1], 4, 5, 6, 7, 12, 13, 14, 15);
-}
-
-// 8 rows of 8 floats -> transposed, in registers.
-inline void transpose8(vec8* r) {
-    vec8 t[8], u[8];
-    for (int i = 0; i < 4; ++i) {
-        t[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        t[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    for (int i = 0; i < 2; ++i) {
-        const vec8* a = t + 4 * i;
-        u[4 * i] = __builtin_shufflevector(a[0], a[2], 0, 1, 8, 9, 4, 5, 12, 13);
-        u[4 * i + 1] = __builtin_shufflevector(a[0], a[2], 2, 3, 10, 11, 6, 7, 14, 15);
-        u[4 * i + 2] = __builtin_shufflevector(a[1], a[3], 0, 1, 8, 9, 4, 5, 12, 13);
-        u[4 * i + 3] = __builtin_shufflevector(a[1], a[3], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-}
-
-// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < cols. Sixteen columns at a time over all
-// rows: a read line is used whole at once, which matters where the row stride puts all rows into one cache set.
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
-                      int64_t cols) {
-    constexpr int64_t kStrip = 16;
-    for (int64_t strip = 0; strip < cols; strip += kStrip) {
-        const int64_t end = strip + kStrip < cols ? strip + kStrip : cols;
-        int64_t i = 0;
-        for (; i + 8 <= rows; i += 8) {
-            int64_t j = strip;
-            for (; j + 8 <= end; j += 8) {
-                vec8 block[8];
-                for (int k = 0; k < 8; ++k)
-                    block[k] = *reinterpret_cast<const vec8_u*>(from + (i + k) * from_stride + j);
-                transpose8(block);
-                for (int k = 0; k < 8; ++k) *reinterpret_cast<vec8_u*>(to + (j + k) * to_stride + i) = block[k];
-            }
-            for (; j < end; ++j)
-                for (int k = 0; k < 8; ++k) to[j * to_stride + i + k] = from[(i + k) * from_stride + j];
-        }
-        for (; i < rows; ++i)
-            for (int64_t j = strip; j < end; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-    }
 }
 
 }  // namespace SPARSE_FT_ISA
