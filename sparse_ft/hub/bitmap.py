@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import one_line
+
 MAX_ELEMENTS = 2**31 - 1  # of one weight: positions inside a weight are 32-bit numbers everywhere in the package
 MAX_DIMENSIONS = 8
 VERSION = "1"
@@ -108,7 +110,7 @@ def open_safetensors(path: str | Path) -> Any:
     try:
         return safe_open(str(path), framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+        raise ValueError(f"{path}: not a safetensors file ({one_line(error)})") from error
 
 
 def read_entries(path: str | Path, file: Any, format_name: str) -> dict[str, SparseEntry]:

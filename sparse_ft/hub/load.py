@@ -21,6 +21,7 @@ from .bitmap import MASK_FILE, read_masks
 from .compact import COMPACT_FILE
 from .errors import ModelError
 from .foreign import bitmask, fit, read_checkpoint, renamed
+from .limits import check_config, check_file_size
 from .source import WEIGHT_FILES, resolve
 
 Masks = dict[str, Tensor]
@@ -197,12 +198,14 @@ def _label_count(num_labels: int | None, label_names: Sequence[str] | None) -> i
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    check_file_size(folder / "config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{folder}/config.json is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json must hold an object")
+    check_config(config, f"{folder}/config.json")
     return config
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, filter_pretrained_cfg
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from .errors import ModelError, one_line
 from .foreign import fit
+from .limits import Budget
 
 # Arguments that say where weights come from and how they are taken, which a stranger's config.json may not.
 _FACTORY_ARGUMENTS = {
@@ -52,10 +54,19 @@ def load(folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None
         raise ModelError(f"{folder}/config.json: model_args may not hold {control[0]!r}")
     # The weights travel in the config, so that timm applies the checkpoint filters of the architecture to them.
     source = {**pretrained_cfg, "source": "", "state_dict": dict(state_dict)}
+    budget = Budget.of_tensors(tensor.numel() for tensor in state_dict.values())
     try:
-        model: Any = timm.create_model(
-            architecture, pretrained=True, pretrained_cfg=source, pretrained_model_args=dict(model_args), **model_args
-        )
+        with budget.enforced():
+            _empty(architecture, pretrained_cfg, model_args)
+            model: Any = timm.create_model(
+                architecture,
+                pretrained=True,
+                pretrained_cfg=source,
+                pretrained_model_args=dict(model_args),
+                **model_args,
+            )
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
     except Exception as error:  # whatever a stranger's settings make an architecture raise
         problem = _difference(architecture, pretrained_cfg, model_args, state_dict) or one_line(error)
         raise ModelError(f"{folder}: {problem}") from error
@@ -90,12 +101,18 @@ def create_with(
     return model
 
 
+def _empty(architecture: str, pretrained_cfg: dict[str, Any], model_args: Mapping[str, Any]) -> nn.Module:
+    """The model that config.json describes, without memory for its numbers."""
+    with torch.device("meta"):
+        return timm.create_model(architecture, pretrained_cfg=deepcopy(pretrained_cfg), **model_args)
+
+
 def _difference(
     architecture: str, pretrained_cfg: dict[str, Any], model_args: Mapping[str, Any], state_dict: Mapping[str, Tensor]
 ) -> str | None:
     """How the weights differ from the model that config.json describes, if it describes one."""
     try:
-        empty = timm.create_model(architecture, pretrained_cfg=deepcopy(pretrained_cfg), **model_args)
+        empty = _empty(architecture, pretrained_cfg, model_args)
     except Exception:  # then the settings are the problem, and the caller has their error
         return None
     expected = empty.state_dict()

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .errors import ModelError, one_line
+from .limits import Budget
 
 TASKS: dict[str, Mapping[str, str | Sequence[str]]] = {
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -66,16 +67,19 @@ def load(
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
     model_class = _model_class(folder, config, task, with_labels=num_labels is not None)
+    given = None if state_dict is None else dict(state_dict)
+    budget = Budget.of_folder(folder) if given is None else Budget.of_tensors(t.numel() for t in given.values())
     try:
-        model, info = model_class.from_pretrained(
-            None if state_dict is not None else folder,
-            config=config,
-            state_dict=dict(state_dict) if state_dict is not None else None,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # each mismatch is judged below
-            output_loading_info=True,
-        )
+        with budget.enforced():
+            model, info = model_class.from_pretrained(
+                folder if given is None else None,
+                config=config,
+                state_dict=given,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # each mismatch is judged below
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever a stranger's settings make an architecture raise
         raise ModelError(f"{folder}: {one_line(error)}") from error
     body = f"{model.base_model_prefix}."
@@ -133,10 +137,14 @@ def _config(path: Path) -> PretrainedConfig:
 
 def _model_class(folder: Path, config: PretrainedConfig, task: str | None, *, with_labels: bool) -> Any:
     if task is None:
-        saved_as = (config.architectures or [""])[0]
-        saved_task = _task_of_class(saved_as) or ""
-        if hasattr(transformers, saved_as) and (not with_labels or saved_task.endswith("-classification")):
-            return getattr(transformers, saved_as)
+        names = config.architectures or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ModelError(f"{folder}/config.json: architectures must list names of classes")
+        saved_as = getattr(transformers, names[0], None) if names else None
+        saved_task = _task_of_class(names[0]) or "" if names else ""
+        is_model = isinstance(saved_as, type) and issubclass(saved_as, PreTrainedModel)
+        if is_model and (not with_labels or saved_task.endswith("-classification")):
+            return saved_as
         # A language model or a bare encoder that is to get labels: the one classification task it is made for.
         fitting = [
             name for name in ("image-classification", "text-classification") if config.model_type in TASKS[name]

@@ -4,7 +4,7 @@ Nothing that is read here can run code: pickles are opened with torch's `weights
 """
 
 from .checkpoint import Checkpoint, read_checkpoint
-from .files import CHECKPOINT_SUFFIXES, read_recipe
+from .files import CHECKPOINT_SUFFIXES, read_index, read_recipe
 from .names import fit, renamed
 
-__all__ = ["CHECKPOINT_SUFFIXES", "Checkpoint", "fit", "read_checkpoint", "read_recipe", "renamed"]
+__all__ = ["CHECKPOINT_SUFFIXES", "Checkpoint", "fit", "read_checkpoint", "read_index", "read_recipe", "renamed"]
