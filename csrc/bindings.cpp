@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "api.h"
+#include "convolution.h"
 #include "dispatch.h"
 #include "programs.h"
 
@@ -17,8 +18,6 @@ using namespace sparse_ft;
 namespace {
 
 using Address = uintptr_t;
-using Four = std::array<int64_t, 4>;
-using Two = std::array<int64_t, 2>;
 
 template <class T>
 T* at(Address address) {
@@ -27,77 +26,9 @@ T* at(Address address) {
 
 View view(Address data, const Four& stride) { return {at<float>(data), stride[0], stride[1], stride[2], stride[3]}; }
 
-// A convolution's description as Python holds it; a linear layer is a 1 x 1 convolution of one position.
-struct Convolution {
-    Four weight;                    // (out_channels, in_channels / groups, kernel_h, kernel_w)
-    Two stride, padding, dilation;  // padding: rows above, columns left
-    int64_t groups;
-    int64_t out_per_group() const { return weight[0] / groups; }
-};
-
-void require(bool condition, const char* text) {
-    if (!condition) throw std::invalid_argument(text);
-}
-
-void check(const Convolution& c) {
-    for (int64_t size : c.weight) require(size >= 0 && size <= INT32_MAX, "a weight dimension is out of range");
-    require(c.groups >= 1 && c.weight[0] % c.groups == 0, "out_channels is not divisible by groups");
-    require(c.weight[2] >= 1 && c.weight[3] >= 1 && c.weight[2] * c.weight[3] <= kMaxTaps,
-            "kernel size is out of range");
-    require(c.weight[1] * c.weight[2] * c.weight[3] <= INT32_MAX,
-            "a row of the weight is too long for 32-bit indices");
-    for (int i = 0; i < 2; ++i)
-        require(c.stride[i] >= 1 && c.stride[i] <= 64 && c.dilation[i] >= 1 && c.dilation[i] <= (1 << 20) &&
-                    c.dilation[i] * c.weight[size_t(2 + i)] <= (1 << 20) && c.padding[i] >= 0 &&
-                    c.padding[i] <= (1 << 20),
-                "stride, padding, dilation or dilation times kernel size is out of range");
-}
-
-std::vector<int32_t> forward_taps(const Convolution& c, int axis) {
-    std::vector<int32_t> taps(static_cast<size_t>(c.weight[size_t(2 + axis)]));
-    for (size_t k = 0; k < taps.size(); ++k)
-        taps[k] = int32_t(int64_t(k) * c.dilation[size_t(axis)] - c.padding[size_t(axis)]);
-    return taps;
-}
-
-// Offsets into the output gradient for destinations of one stride phase.
-std::vector<int32_t> gradient_taps(const Convolution& c, int axis, int64_t phase) {
-    std::vector<int32_t> taps(static_cast<size_t>(c.weight[size_t(2 + axis)]));
-    const int64_t stride = c.stride[size_t(axis)];
-    for (size_t k = 0; k < taps.size(); ++k) {
-        const int64_t distance = phase + c.padding[size_t(axis)] - int64_t(k) * c.dilation[size_t(axis)];
-        taps[k] = distance % stride == 0 ? int32_t(distance / stride) : kNoTap;
-    }
-    return taps;
-}
-
 void raise(const char* problem) {
     if (problem != nullptr) throw std::invalid_argument(std::string("malformed sparse pattern: ") + problem);
 }
-
-// The forward direction of a convolution: the plane and taps that forward and weight gradient share.
-struct ForwardProduct {
-    std::vector<int32_t> tap_y, tap_x;
-    Plane plane;
-    Product product{};
-
-    ForwardProduct(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size,
-                   Address row_ptr, Address col, int64_t nnz, Programs* programs, int threads)
-        : tap_y(forward_taps(c, 0)),
-          tap_x(forward_taps(c, 1)),
-          plane{at<const int32_t>(row_ptr), out_size[0], out_size[1], 0, 0, tap_y.data(), tap_x.data()} {
-        product.geometry = {size[0], c.groups, c.out_per_group(), c.weight[1], c.weight[2], c.weight[3],
-                            size[2], size[3],  c.stride[0],       c.stride[1], 1,           1};
-        product.plane_count = 1;
-        product.planes = &plane;
-        product.nnz = nnz;
-        product.col = at<const int32_t>(col);
-        product.source = view(x, x_stride);
-        product.programs = programs;
-        product.threads = threads;
-    }
-    ForwardProduct(const ForwardProduct&) = delete;  // the product points into it
-};
 
 // Runs one kernel without the interpreter's lock; a malformed pattern becomes a ValueError.
 void run(const char* (*kernel)(const Product&), const Product& product) {
@@ -113,7 +44,8 @@ void forward(const Convolution& c, const Four& size, Address x, const Four& x_st
              const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
              Programs* programs, int threads) {
     check(c);
-    ForwardProduct f(c, size, x, x_stride, out_size, row_ptr, col, nnz, programs, threads);
+    ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
+                     programs, threads);
     f.product.values = at<const float>(values);
     f.product.bias = at<const float>(bias);
     f.product.dest = view(y, y_stride);
@@ -124,86 +56,21 @@ void input_grad(const Convolution& c, const Four& size, Address grad, const Four
                 Address grad_x, const Four& grad_x_stride, Address t_row_ptr, Address t_col, Address perm,
                 Address values, int64_t nnz, Programs* programs, int threads) {
     check(c);
-    const int64_t channels = c.weight[1] * c.groups;
-    std::vector<std::vector<int32_t>> taps_y, taps_x;
-    for (int64_t i = 0; i < c.stride[0]; ++i) taps_y.push_back(gradient_taps(c, 0, i));
-    for (int64_t i = 0; i < c.stride[1]; ++i) taps_x.push_back(gradient_taps(c, 1, i));
-    std::vector<Plane> planes;
-    for (int64_t i = 0; i < c.stride[0]; ++i)
-        for (int64_t k = 0; k < c.stride[1]; ++k)
-            planes.push_back({at<const int32_t>(t_row_ptr) + (i * c.stride[1] + k) * channels,
-                              size[2] > i ? (size[2] - i + c.stride[0] - 1) / c.stride[0] : 0,
-                              size[3] > k ? (size[3] - k + c.stride[1] - 1) / c.stride[1] : 0, i, k,
-                              taps_y[size_t(i)].data(), taps_x[size_t(k)].data()});
-    Product q{};
-    q.geometry = {size[0],     c.groups, c.weight[1], c.out_per_group(), c.weight[2], c.weight[3], out_size[0],
-                  out_size[1], 1,        1,           c.stride[0],       c.stride[1]};
-    q.plane_count = int64_t(planes.size());
-    q.planes = planes.data();
-    q.nnz = nnz;
-    q.col = at<const int32_t>(t_col);
-    q.perm = at<const int32_t>(perm);
-    q.values = at<const float>(values);
-    q.source = view(grad, grad_stride);
-    q.dest = view(grad_x, grad_x_stride);
-    q.programs = programs;
-    q.threads = threads;
-    run(active_kernels().gather_product, q);
+    const InputGradProduct g(c, size, view(grad, grad_stride), out_size, view(grad_x, grad_x_stride),
+                             at<const int32_t>(t_row_ptr), at<const int32_t>(t_col), at<const int32_t>(perm),
+                             at<const float>(values), nnz, programs, threads);
+    run(active_kernels().gather_product, g.product);
 }
 
 void weight_grad(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address grad,
                  const Four& grad_stride, Address row_ptr, Address col, Address value_grad, int64_t nnz,
                  Programs* programs, int threads) {
     check(c);
-    ForwardProduct f(c, size, x, x_stride, out_size, row_ptr, col, nnz, programs, threads);
+    ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
+                     programs, threads);
     f.product.grad = view(grad, grad_stride);
     f.product.value_grad = at<float>(value_grad);
     run(active_kernels().sampled_product, f.product);
-}
-
-PatternShape pattern_shape(const Convolution& c) {
-    check(c);
-    return {c.weight[0], c.weight[1],  c.weight[2],  c.weight[3],   c.groups,     c.stride[0],
-            c.stride[1], c.padding[0], c.padding[1], c.dilation[0], c.dilation[1]};
-}
-
-// Pooling windows along one axis, as Python holds them.
-struct PoolAxis {
-    std::vector<int32_t> first, low, high;
-    std::vector<float> scale;
-    Windows windows;
-
-    // Windows of `taps` positions at a distance of `step`, clipped to the axis.
-    PoolAxis(int64_t size, std::vector<int32_t> starts, int32_t taps, int32_t step, std::vector<float> scales)
-        : first(std::move(starts)), scale(std::move(scales)) {
-        require(size >= 0 && size <= INT32_MAX && taps >= 1 && taps <= (1 << 20) && step >= 1 && step <= (1 << 20),
-                "a pooling window is out of range");
-        for (int64_t start : first) {
-            int64_t begin = 0, end = 0;
-            while (begin < taps && start + begin * step < 0) ++begin;
-            for (end = begin; end < taps && start + end * step < size;) ++end;
-            low.push_back(int32_t(begin));
-            high.push_back(int32_t(end));
-        }
-        windows = {size, int64_t(first.size()), step, taps, first.data(), low.data(), high.data(), scale.data()};
-    }
-    // Windows that each end where `ends` says.
-    PoolAxis(int64_t size, std::vector<int32_t> starts, const std::vector<int32_t>& ends, std::vector<float> scales)
-        : first(std::move(starts)), scale(std::move(scales)) {
-        require(first.size() == ends.size() && first.size() == scale.size(), "pooling windows of different counts");
-        for (size_t i = 0; i < first.size(); ++i) {
-            require(first[i] >= 0 && first[i] <= ends[i] && ends[i] <= size, "a pooling window is out of range");
-            low.push_back(0);
-            high.push_back(ends[i] - first[i]);
-        }
-        windows = {size, int64_t(first.size()), 1, 1, first.data(), low.data(), high.data(), scale.data()};
-    }
-    PoolAxis(const PoolAxis&) = delete;  // the windows point into it
-};
-
-Activation activation_of(int code) {
-    require(code >= 0 && code <= int(Activation::kGeluTanh), "no such activation");
-    return Activation(code);
 }
 
 std::vector<std::string> available() {

@@ -71,7 +71,7 @@ struct Tiling {
 
     Tiling(const Geometry& g, const Plane& p, const TileLimits& limits)
         : y(p.tap_y, g.taps_h, g.step_y), x(p.tap_x, g.taps_w, g.step_x) {
-        lanes = std::min(g.batch, limits.lanes);
+        lanes = std::clamp<int64_t>(g.batch, 1, limits.lanes);  // no sample: no tile, and no division by zero
         batch_tiles = (g.batch + lanes - 1) / lanes;
         choose_extents(p, limits, g.channels_per_group * lanes * 4);
         panel_cols = cols + x.reach;
