@@ -1,0 +1,136 @@
+"""Running a model with a part of its channels, physically: the layers compute with small dense weights.
+
+Before a forward pass the slices of the channels that are kept are taken out of every parameter, and put in its place;
+the model's own code then runs, on fewer channels. Gradients go back through the taking, so that the full parameters
+have them, zero wherever a channel was left out. Nothing is copied but weights.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sparse_ft.masks.targets import unwrap
+
+from .units import Channels, slices_of
+
+
+class _Take(torch.autograd.Function):
+    """Slices of a tensor along its first and its second dimension; None takes all."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        ctx.shape = tensor.shape
+        taken = tensor if rows is None else tensor.index_select(0, rows)
+        return taken if columns is None else taken.index_select(1, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.saved_tensors
+        for dim, index in ((1, columns), (0, rows)):
+            if index is not None:
+                shape = list(grad.shape)
+                shape[dim] = ctx.shape[dim]
+                grad = grad.new_zeros(shape).index_copy_(dim, index, grad)
+        return grad, None, None
+
+
+@dataclass
+class _Taken:
+    """A tensor of a module to be taken from; `store` is the dict of the module that has it."""
+
+    store: dict[str, Tensor]
+    key: str
+    rows: Tensor | None
+    columns: Tensor | None
+    is_statistic: bool
+    whole: Tensor | None = None  # while it is replaced
+
+    def put(self) -> None:
+        self.whole = self.store[self.key]
+        self.store[self.key] = _Take.apply(self.whole, self.rows, self.columns)
+
+    def put_back(self, keep_statistics: bool) -> None:
+        assert self.whole is not None
+        small, self.store[self.key] = self.store[self.key], self.whole
+        if self.is_statistic and keep_statistics and self.rows is not None:
+            with torch.no_grad():
+                self.whole.index_copy_(0, self.rows, small)
+        self.whole = None
+
+
+class SubNetwork:
+    """A model with a part of its units.
+
+    Args:
+        model: also inside DistributedDataParallel.
+        channels: its units.
+        kept: bool by unit. Every layer has to keep a channel, see `Channels.floors`.
+    """
+
+    def __init__(self, model: nn.Module, channels: Channels, kept: Tensor):
+        modules = dict(unwrap(model).named_modules())
+        self._modules = list(modules.values())
+        self._taken: list[_Taken] = []
+        for place in channels.places:
+            rows, columns = chosen(place.rows, kept), None if place.columns is None else chosen(place.columns, kept)
+            if rows is None and columns is None:
+                continue
+            module = modules[place.layer]
+            store: Any = module._parameters if place.key in module._parameters else module._buffers
+            self._taken.append(_Taken(store, place.key, rows, columns, place.kind == "statistic"))
+        self._groups = [(modules[name], int(slices_of(units, kept).sum())) for name, units in channels.groups.items()]
+        self._aside: list[tuple[Any, str, Any]] = []
+        self._keep_statistics = True
+        self._entered = False
+
+    def enter(self, *, keep_statistics: bool = True) -> None:
+        """From now on the model has the kept channels only.
+
+        Args:
+            keep_statistics: whether norms may learn from what they see; only the statistics of kept channels change.
+        """
+        if self._entered:
+            raise RuntimeError("the model runs with a part of its channels already")
+        self._entered, self._keep_statistics = True, keep_statistics
+        if not keep_statistics:
+            for module in self._modules:
+                for key, buffer in module._buffers.items():
+                    if buffer is not None:
+                        self._aside.append((module._buffers, key, buffer))
+                        module._buffers[key] = buffer.clone()
+        for taken in self._taken:
+            taken.put()
+        for module, groups in self._groups:
+            self._aside.append((vars(module), "groups", module.groups))
+            module.groups = groups  # type: ignore[assignment]
+
+    def leave(self) -> None:
+        """The model has all of its channels again."""
+        for taken in reversed(self._taken):
+            taken.put_back(self._keep_statistics)
+        for store, key, value in reversed(self._aside):
+            store[key] = value
+        self._aside.clear()
+        self._entered = False
+
+    @contextmanager
+    def active(self, *, keep_statistics: bool = True) -> Iterator[None]:
+        """Inside, the model has the kept channels only; see `enter`."""
+        self.enter(keep_statistics=keep_statistics)
+        try:
+            yield
+        finally:
+            self.leave()
+
+
+def chosen(units: Tensor, kept: Tensor) -> Tensor | None:
+    """Indices of the slices to keep, of their units; None for all."""
+    stays = slices_of(units, kept)
+    return None if bool(stays.all()) else stays.nonzero().flatten()
