@@ -22,11 +22,13 @@ _PUBLIC = {
     "from_pretrained": "sparse_ft.hub",
     "prune": "sparse_ft.masks",
     "push_to_hub": "sparse_ft.hub",
+    "remove_channels": "sparse_ft.channels",
+    "restore_channels": "sparse_ft.channels",
     "save_pretrained": "sparse_ft.hub",
     "sparsity": "sparse_ft.masks",
     "to_dense": "sparse_ft.conversion",
 }
-_MODULES = ("bench", "hub", "masks", "methods", "nn", "ops", "recipes", "report")
+_MODULES = ("bench", "channels", "hub", "masks", "methods", "nn", "ops", "recipes", "report")
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 

@@ -15,7 +15,7 @@ session.finalize()
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparse_ft.masks import SparsityReport, sparsity
 from sparse_ft.masks.targets import unwrap
-from sparse_ft.methods import FieldError, Modifier, Training
+from sparse_ft.methods import FieldError, Forward, Modifier, Training
 from sparse_ft.methods.clock import ExactClock, SparsemlClock
 from sparse_ft.methods.fields import NEVER
 from sparse_ft.methods.pruning import MaskedTargets
@@ -91,6 +91,9 @@ class SparseSession:
         self.training.grad_sampler = grad_sampler
         self._own_teacher = teacher == "self"
         self._set_teacher(teacher)
+        for modifier in self._modifiers:
+            with self._blaming(modifier):
+                modifier.listen(self.training)
         self._announce_gradients()
 
     def _check_names(self) -> None:
@@ -102,7 +105,7 @@ class SparseSession:
 
     def _set_teacher(self, teacher: nn.Module | str | None) -> None:
         if teacher == "disable":
-            self._modifiers = [modifier for modifier in self._modifiers if not modifier.changes_loss]
+            self._modifiers = [modifier for modifier in self._modifiers if not modifier.needs_teacher]
             return
         if isinstance(teacher, str):
             if teacher != "self":
@@ -111,10 +114,9 @@ class SparseSession:
         if teacher is not None:
             self.training.teacher = teacher.eval().requires_grad_(False)
         for modifier in self._modifiers:
-            if modifier.changes_loss:
+            if modifier.needs_teacher:
                 with self._blaming(modifier):
                     self.training.need_teacher()
-                    modifier.listen(self.training)
 
     def _blaming(self, modifier: Modifier) -> "_Blame":
         return _Blame(self.recipe, modifier)
@@ -173,7 +175,7 @@ class SparseSession:
         return {
             name
             for modifier in self._modifiers
-            if isinstance(modifier, MaskedTargets) and modifier.dense_until_end and not modifier.phase.ended
+            if isinstance(modifier, MaskedTargets) and modifier.keeps_dense
             for name in modifier.find_targets(self.training.model)
         }
 
@@ -212,21 +214,32 @@ class SparseSession:
                 if (modifier.phase.started or event.starts) and not event.ends:
                     yield modifier
 
-    def loss(self, loss: Tensor, outputs: Any, inputs: Any, *, scale: float = 1.0) -> Tensor:
-        """The loss to train on, with what a teacher adds; call it after the forward pass.
+    def loss(
+        self,
+        loss: Tensor,
+        outputs: Any,
+        inputs: Any,
+        *,
+        scale: float = 1.0,
+        again: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """The loss to train on, with what modifiers add, such as a teacher's part; call it after the forward pass.
 
         Args:
             loss: of the labels.
             outputs: of the model: a tensor, or a mapping or tuple with tensors.
             inputs: of the model: a mapping of keyword arguments, a tuple, or one argument.
             scale: of terms that are averages over a batch: 1 / batches, where `loss` is part of a mean over several.
+            again: gives the loss of the labels by another forward pass on the same batch, for methods that compare
+                several networks (FBPS, ProbMask).
 
         Raises:
-            RecipeError: outputs of model and teacher do not fit together.
+            RecipeError: outputs of model and teacher do not fit together, or `again` is needed and not given.
         """
+        forward = Forward(loss, outputs, inputs, scale, again)
         for modifier in self._at_the_loss():
             with self._blaming(modifier):
-                loss = modifier.loss(self.training, loss, outputs, inputs, scale)
+                loss = modifier.loss(self.training, loss, forward)
         return loss
 
     def before_step(self) -> bool:

@@ -495,11 +495,17 @@ class SparseTrainer(Trainer):
         ):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)
+
+        def again() -> Tensor:
+            loss = super(SparseTrainer, self).compute_loss(model, dict(given), False, num_items_in_batch)
+            assert isinstance(loss, Tensor)
+            return loss
+
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # Where the loss is part of the mean over all accumulated batches, Trainer does not divide it by their number.
         divided = (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None
         scale = 1.0 if divided else 1.0 / self.current_gradient_accumulation_steps
-        loss = self.session.loss(loss, outputs, self._teacher_inputs(given), scale=scale)
+        loss = self.session.loss(loss, outputs, self._teacher_inputs(given), scale=scale, again=again)
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_inputs(self, inputs: dict[str, Any]) -> Any:

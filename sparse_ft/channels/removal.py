@@ -64,7 +64,9 @@ class RemovalReport:
         rows = [[name, _shape(before), _shape(after)] for name, before, after in self.shapes]
         kept = self.parameters_after / max(1, self.parameters_before)
         total = f"{self.parameters_before:,} parameters before, {self.parameters_after:,} after ({kept:.1%})"
-        return f"{format_table(['weight', 'before', 'after'], rows)}\n{total}" if rows else f"no dead channels; {total}"
+        return (
+            f"{format_table(['weight', 'before', 'after'], rows)}\n{total}" if rows else f"no dead channels; {total}"
+        )
 
 
 def _shape(sizes: tuple[int, ...]) -> str:
@@ -163,6 +165,8 @@ def remove_channels(model: nn.Module, inputs: Any, *, constants: bool = False) -
         _replace(module, place.key, taken)
         if place.kind == "weight":
             shapes.append((place.name, tuple(whole.shape), tuple(taken.shape)))
+    if not cuts:
+        return RemovalReport([], size, size)
     groups = {name: int(slices_of(units, kept).sum()) for name, units in channels.groups.items()}
     setattr(model, _RECORD, _Removed(cuts, _set_groups(model, groups)))
     if not same_outputs(_outputs(model, inputs), before):

@@ -309,7 +309,7 @@ class _Tracer(TorchDispatchMode):
         dim = known[0].dim
         zero = all(label.zero for label in known)
         if dim == along:
-            nodes = []
+            nodes: list[int] = []
             for part, label in zip(parts, labels, strict=True):
                 nodes += [0] * part.shape[dim] if label is None else label.nodes
             return _Label(dim, nodes, zero)
@@ -362,8 +362,10 @@ def _viewed(label: _Label, args: Any, kwargs: Any, output: Tensor) -> _Label | N
         return _Label(dim, label.nodes, label.zero) if output.shape[dim] == len(label.nodes) else None
     for dim, size in enumerate(output.shape):
         rest = _product(output.shape[dim + 1 :])
-        if _product(output.shape[:dim]) == before and size % len(label.nodes) == 0 and size * rest == (
-            len(label.nodes) * after
+        if (
+            _product(output.shape[:dim]) == before
+            and size % len(label.nodes) == 0
+            and size * rest == (len(label.nodes) * after)
         ):
             repeats = size // len(label.nodes)
             return _Label(dim, [node for node in label.nodes for _ in range(repeats)], label.zero)

@@ -1,5 +1,6 @@
 """Checkpoints in dense layout, with what tells a reader and `sparse_ft` about the sparsity beside them."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification, TimmWrapperImageProcessor
 
 import sparse_ft
+from sparse_ft.channels import channels_removed, restore_channels
 from sparse_ft.masks import SparsityReport, sparsity
 from sparse_ft.masks.targets import unwrap
 from sparse_ft.nn import SparseModule
@@ -50,7 +52,8 @@ def save_pretrained(
 
     Args:
         model: A timm model, a transformers model, or a timm model in transformers' wrapper, converted or dense; it
-            is not changed. A wrapped timm model is saved in timm's layout, which both libraries load.
+            is not changed. A wrapped timm model is saved in timm's layout, which both libraries load. What
+            `remove_channels` took out is saved as zeros.
         directory: Made if it does not exist; files of other names in it stay.
         processor: Tokenizer or image processor to save along.
         label_names: Names of the classes; None keeps those that the model knows.
@@ -64,6 +67,8 @@ def save_pretrained(
         OSError: The files cannot be written.
     """
     inner: Any = unwrap(model)
+    if channels_removed(inner):  # stock loaders build the architecture as it is
+        inner = restore_channels(copy.deepcopy(inner))
     pretrained_cfg = None
     if isinstance(inner, TimmWrapperForImageClassification):
         pretrained_cfg = timm_models.wrapper_pretrained_cfg(inner)

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from .base import Modifier, Scheduled, Unsupported
+from .base import Forward, Modifier, Scheduled, Unsupported
 from .fields import Field, FieldError, field
 from .registry import find_modifier, modifiers, register
 from .training import Training
@@ -15,6 +15,7 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "Field",
     "FieldError",
+    "Forward",
     "Modifier",
     "Scheduled",
     "Training",

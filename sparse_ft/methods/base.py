@@ -4,7 +4,8 @@ A method is a folder here with a class for each of its modifiers: a docstring, d
 name that recipes use, and what it does when its time comes. Nothing else has to know of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,6 +13,37 @@ from torch import Tensor
 from .clock import Clock, Phase, Timing
 from .fields import EPOCH, NEVER, Field, FieldError, field, read_fields
 from .training import Training
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a training has computed of a batch.
+
+    Attributes:
+        loss: of the labels.
+        outputs, inputs: of the model.
+        scale: of terms that are averages over a batch, where the loss is one over several.
+        again: gives the loss of the labels by another forward pass on the same batch; None if the training has none.
+    """
+
+    loss: Tensor
+    outputs: Any
+    inputs: Any
+    scale: float = 1.0
+    again: Callable[[], Tensor] | None = None
+
+    def need_again(self) -> Tensor:
+        """The loss by another forward pass.
+
+        Raises:
+            ValueError: the training cannot give it.
+        """
+        if self.again is None:
+            raise ValueError(
+                "needs the loss of the same batch more than once: call session.loss(loss, outputs, inputs, again=f), "
+                "where f() computes the loss by another forward pass"
+            )
+        return self.again()
 
 
 class Modifier:
@@ -37,6 +69,7 @@ class Modifier:
     periodic: ClassVar[bool] = False  # updates every `update_frequency` epochs
     completes: ClassVar[bool] = False  # see Timing
     changes_loss: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -97,13 +130,13 @@ class Modifier:
         """After every optimizer step from its first to its last."""
 
     def listen(self, training: Training) -> None:
-        """Before the first forward pass, for modifiers that change the loss."""
+        """Before the first forward pass: the place to hook into those of the model."""
 
-    def loss(self, training: Training, loss: Tensor, outputs: Any, inputs: Any, scale: float) -> Tensor:
+    def loss(self, training: Training, loss: Tensor, forward: Forward) -> Tensor:
         """The loss to train on, of a step from its first to its last; for modifiers with `changes_loss`.
 
         Args:
-            scale: of terms that are averages over a batch, where the loss is one over several.
+            loss: what modifiers before this one made of `forward.loss`.
         """
         return loss
 

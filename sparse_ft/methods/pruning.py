@@ -68,6 +68,11 @@ class MaskedTargets(Modifier):
     targets: dict[str, Target]
     dense_until_end: ClassVar[bool] = False  # its weights cannot take native form while it is at work
 
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether its weights cannot take native form now."""
+        return self.dense_until_end and not self.phase.ended
+
     def find_targets(self, model: nn.Module) -> dict[str, Target]:
         """The weights in the model.
 

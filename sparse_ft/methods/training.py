@@ -268,6 +268,14 @@ class Training:
         parts = flat.bool().split([mask.numel() for mask in masks.values()])
         return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)}
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if not is_parallel():
+            return values
+        values = values / torch.distributed.get_world_size()
+        torch.distributed.all_reduce(values)
+        return values
+
     def share(self, values: Tensor) -> Tensor:
         """The values of the first process, for all of them."""
         if is_parallel():

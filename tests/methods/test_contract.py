@@ -9,14 +9,13 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-import torch.nn.functional as F
 
 from sparse_ft.checkpoint import read_session, write_session
 from sparse_ft.optimizer_state import elementwise_state
 
 sys.path.append(str(Path(__file__).parents[1] / "session"))
 
-from loop import OPTIMIZERS, STEPS, Network, batch, make, train, zeros
+from loop import OPTIMIZERS, STEPS, Network, batch, make, train, training_loss, zeros
 
 EPOCHS = 4
 TARGETS = "params: ['conv.weight', 'hidden.weight']"
@@ -38,6 +37,12 @@ METHODS = {
     "movement": (f"!MovementPruningModifier {{{GRADUAL}}}", 0.75),
     "obs": (f"!OBSPruningModifier {{{GRADUAL}, num_grads: 6, fisher_block_size: 8, damp: 0.0001}}", 0.75),
     "structured": (f"!StructuredPruningModifier {{{GRADUAL}}}", 0.75),
+    "fbps": (f"!FBPSModifier {{{TARGETS}, final_sparsity: 0.75, end_epoch: 1.6, candidates: 3}}", 0.75),
+    "fbps-both": (
+        f"!FBPSModifier {{{TARGETS}, final_sparsity: 0.75, start_epoch: 0.4, end_epoch: 1.4, candidates: 0,"
+        " backward: both, min_channels: 2}",
+        0.75,
+    ),
     "one-shot": (f"!OneShotPruningModifier {{{TARGETS}, sparsity: 0.75, start_epoch: 1, scope: global}}", 0.75),
     "rigl": (f"!RigLPruningModifier {{{DYNAMIC}}}", 0.75),
     "rigl-sums": (f"!RigLPruningModifier {{{DYNAMIC}, num_grads: 3, sparsity_strategy: uniform}}", 0.75),
@@ -57,6 +62,9 @@ METHODS = {
         0.75,
     ),
 }
+
+
+WHOLE_CHANNELS = {"structured", "fbps", "fbps-both"}  # which are of different size: counts are not exact by weight
 
 
 def recipe(method):
@@ -80,7 +88,7 @@ def test_sparsity_is_reached(method):
         assert 0.2 < zeros(model, "conv.weight", "hidden.weight") < 0.95
         return
     assert zeros(model, "conv.weight", "hidden.weight") * numel == pytest.approx(
-        METHODS[method][1] * numel, abs=3 if method != "structured" else 40
+        METHODS[method][1] * numel, abs=3 if method not in WHOLE_CHANNELS else 150
     )
     assert {layer.name for layer in report.layers if layer.nnz < layer.numel} == {"conv", "hidden"}
 
@@ -136,7 +144,10 @@ def test_checkpoints_are_dense(method):
     plain = Network(seed=3)
     plain.load_state_dict(model.state_dict())
     images, _ = batch(0)
-    assert torch.equal(plain.eval()(images), model.eval()(images))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain.eval()(images), model.eval()(images), rtol=0, atol=1e-6 if method in WHOLE_CHANNELS else 0
+        )
 
 
 def train_on_a_rank(rank, world, address, methods, results):
@@ -149,7 +160,7 @@ def train_on_a_rank(rank, world, address, methods, results):
         for step in range(EPOCHS * STEPS):
             images, labels = batch(step, seed=rank + 1)
             optimizer.zero_grad()
-            F.cross_entropy(parallel(images), labels).backward()
+            training_loss(session, parallel, images, labels).backward()
             session.before_step()
             optimizer.step()
             session.after_step()

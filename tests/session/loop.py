@@ -62,13 +62,23 @@ def make(recipe, *, optimizer="sgd", epochs=4, seed=0, steps=STEPS, **options):
     return model, made, session
 
 
+def training_loss(session, model, images, labels):
+    """The loss as a loop has it that serves every modifier."""
+
+    def compute():
+        return F.cross_entropy(model(images), labels)
+
+    loss = compute()
+    return session.loss(loss, None, images, again=compute) if session.changes_loss else loss
+
+
 def train(model, optimizer, session, steps, *, each=None):
     """Trains so many steps from where the session is; `each(step)` after every one."""
     for _ in range(steps):
         step = session.step
         images, labels = batch(step)
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        training_loss(session, model, images, labels).backward()
         session.before_step()
         optimizer.step()
         session.after_step()

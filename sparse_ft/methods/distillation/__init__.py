@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_ft.masks.targets import prunable_layers
 
-from ..base import Modifier
+from ..base import Forward, Modifier
 from ..fields import EPOCH, FLAG, NEVER, NOTHING, TEXTS, either, field, number
 from ..registry import register
 from ..training import Training
@@ -21,6 +21,7 @@ LOGITS = "logits"
 
 class _Distilling(Modifier):
     changes_loss = True
+    needs_teacher = True
 
     start_epoch: float = field(EPOCH, NEVER, unit="epochs", doc="When it begins; -1 for at once.")
     end_epoch: float = field(EPOCH, NEVER, unit="epochs", doc="When it ends; -1 for never.")
@@ -56,11 +57,11 @@ class Distillation(_Distilling):
         doc="Outputs to learn from, such as [start_logits, end_logits]; logits if it is not given.",
     )
 
-    def loss(self, training: Training, loss: Tensor, outputs: Any, inputs: Any, scale: float) -> Tensor:
-        teacher = self.ask_teacher(training.need_teacher(), inputs)
-        pairs = zip(self._logits(outputs, "model"), self._logits(teacher, "teacher"), strict=True)
+    def loss(self, training: Training, loss: Tensor, forward: Forward) -> Tensor:
+        teacher = self.ask_teacher(training.need_teacher(), forward.inputs)
+        pairs = zip(self._logits(forward.outputs, "model"), self._logits(teacher, "teacher"), strict=True)
         terms = [self._divergence(ours, theirs) for ours, theirs in pairs]
-        return self.hardness * scale * sum(terms) / len(terms) + (1 - self.hardness) * loss
+        return self.hardness * forward.scale * sum(terms) / len(terms) + (1 - self.hardness) * loss
 
     def _divergence(self, ours: Tensor, theirs: Tensor) -> Tensor:
         if ours.shape != theirs.shape:
@@ -133,8 +134,8 @@ class PerLayerDistillation(_Distilling):
             hook.remove()
         self._hooks = []
 
-    def loss(self, training: Training, loss: Tensor, outputs: Any, inputs: Any, scale: float) -> Tensor:
-        self.ask_teacher(training.need_teacher(), inputs)
+    def loss(self, training: Training, loss: Tensor, forward: Forward) -> Tensor:
+        self.ask_teacher(training.need_teacher(), forward.inputs)
         ours, theirs = self._heard
         terms = []
         for place, output in ours.items():
@@ -145,7 +146,7 @@ class PerLayerDistillation(_Distilling):
             terms.append(difference / (target.square().mean() + self.epsilon) if self.normalize else difference)
         ours.clear()
         theirs.clear()
-        return loss + self.gain * scale * sum(terms) / max(1, len(terms))
+        return loss + self.gain * forward.scale * sum(terms) / max(1, len(terms))
 
     def _projected(self, training: Training, place: str, output: Tensor, target: Tensor) -> Tensor:
         """The output with as many features as the teacher's."""

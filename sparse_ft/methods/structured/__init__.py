@@ -1,27 +1,35 @@
 """Whole filters and channels."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_ft.channels import ChannelError, dead_units, quiet_units
 from sparse_ft.masks import masks_from_scores
 from sparse_ft.masks.structures import from_canonical, to_canonical
 
+from ..channelwise import ChannelWise
 from ..fields import NOTHING, choice, either, field, listing
 from ..pruning import GradualPruning
 from ..registry import register
 from ..targets import ALL_PRUNABLE, TARGETS, find_targets
 from ..training import Training
 
+logger = logging.getLogger(__name__)
+
 
 @register("StructuredPruningModifier")
-class StructuredPruning(GradualPruning):
+class StructuredPruning(ChannelWise, GradualPruning):
     """Gradual pruning of whole filters (output channels) or input channels, by the mean size of their weights.
 
-    Filters are masked: shapes stay. Biases and norms of a pruned filter are not touched. Weights of a group lose the
-    same filters, those with the smallest mean over all of them: layers whose outputs are added, for one.
+    Weights of a group lose the same filters, those with the smallest mean over all of them: layers whose outputs are
+    added, for one. A channel is gone when all filters that make it are pruned, or all weights that read it: its biases
+    and norms become zero as well, unless the mask is to be let go, and the model is trained without it, physically
+    smaller. The weights keep their shapes; `sparse_ft.remove_channels` makes them smaller after the training. A filter
+    that is pruned while others still make its channel keeps its bias and norm.
     """
 
     source = "Li et al. 2017, arXiv 1608.08710"
@@ -30,6 +38,8 @@ class StructuredPruning(GradualPruning):
     param_groups: Any = field(
         either(NOTHING, listing(TARGETS, "lists of names")), None, doc="Lists of weights that are pruned alike."
     )
+
+    _kept: Tensor | None = None  # units that are left
 
     def attach(self, training: Training) -> None:
         super().attach(training)
@@ -53,6 +63,31 @@ class StructuredPruning(GradualPruning):
 
     def _channels(self, name: str) -> int:
         return self._canonical(name, self.targets[name].parameter).shape[0 if self.mask_type == "filter" else -1]
+
+    def cannot_run(self, training: Training, error: ChannelError) -> None:
+        logger.warning("%s: channels are masked, and the model is not made smaller: %s", self.type_name, error)
+
+    def units_found(self, training: Training) -> None:
+        self.attach(training)
+        self._leave_out(training)
+
+    def update(self, training: Training) -> None:
+        super().update(training)
+        self._leave_out(training)
+
+    def _leave_out(self, training: Training) -> None:
+        """Notes which units the model can run without now."""
+        if self.channels is None or not self.leave_enabled:
+            return
+        none = torch.zeros(self.channels.count)
+        ours = self.channels.sizes({*self.targets, *(f"{layer}.weight" for layer in self.channels.groups)}) > 0
+        quiet = ~self.channels.with_floor(~(quiet_units(training.model, self.channels) & ours), 1, none)
+        self.silence(training, quiet)
+        kept = self.channels.with_floor(~dead_units(training.model, self.channels), 1, none)
+        self._kept = None if bool(kept.all()) else kept
+
+    def kept_units(self, training: Training) -> Tensor | None:
+        return self._kept
 
     def scores(self, training: Training) -> dict[str, Tensor]:
         return self.sizes()
