@@ -107,6 +107,35 @@ struct Transpose {  // to[b][j][i] = from[b][i][j], i < rows, j < cols; strides 
     int threads;
 };
 
+struct PatternShape {
+    int64_t out_channels, in_per_group, kernel_h, kernel_w, groups;
+    int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+};
+
+// An activation of which only some values are kept: bits [block][channel][row][column], a byte for eight samples, and
+// the values in that order. A convolution's block is eight samples of a batch; where neighbouring positions are alike
+// (a 1 x 1 convolution, a linear layer), samples run on over columns and blocks. The columns of a row are in the order
+// of their residue modulo the convolution's step, so that those which the same taps read follow one another.
+struct Compact {
+    int64_t blocks, channels, height, width;
+    int64_t lanes;                      // samples in all
+    int64_t block_lanes, column_lanes;  // samples from one block, and from one column, to the next
+    int64_t column_step;
+    const uint8_t* bits;
+    const int64_t* start;  // of each (block, channel) in values, and their end
+    const float* values;
+};
+
+// The weight gradient of a convolution whose input is compact.
+struct CompactGradient {
+    PatternShape shape;
+    Compact activation;
+    int64_t output_h, output_w;
+    View grad;           // x: from one column to the next
+    float* weight_grad;  // dense, (out_channels, in_per_group, kernel_h, kernel_w)
+    int threads;
+};
+
 // What one instruction set offers. A function returns null, or a static text saying what is wrong
 // with the pattern it was given; nothing has been written then.
 struct Kernels {
@@ -119,6 +148,11 @@ struct Kernels {
     void (*pool_forward)(const Pool&);
     void (*pool_backward)(const Pool&);
     void (*transpose)(const Transpose&);
+    // Bits of the magnitudes above a threshold and how many each (block, channel) has; then their values; and back.
+    void (*compact_bits)(const Compact&, const View& x, float threshold, uint8_t* bits, int64_t* counts, int threads);
+    void (*compact_values)(const Compact&, const View& x, float* values, int threads);
+    void (*compact_expand)(const Compact&, const View& x, int threads);
+    int64_t (*compact_gradient)(const CompactGradient&);     // how many multiply-adds it took
     double (*fma_peak)(double seconds);                      // GF/s of one thread: FMA from registers
     double (*load_fma_peak)(int64_t bytes, double seconds);  // one vector load per FMA over a buffer of `bytes`
 };
@@ -130,11 +164,12 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_jit();  // the same, with products by generated code
 #endif
 
+// ---- selection.cpp ---------------------------------------------------------------------------
+float nth_magnitude(const float* x, int64_t count, int64_t n, int threads);  // the n-th largest, from 0
+// 1 for the `keep` largest magnitudes; of equal ones the first.
+void mask_largest(const float* x, int64_t count, int64_t keep, uint8_t* mask, int threads);
+
 // ---- pattern.cpp -----------------------------------------------------------------------------
-struct PatternShape {
-    int64_t out_channels, in_per_group, kernel_h, kernel_w, groups;
-    int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
-};
 int64_t count_nonzero(const float* weight, int64_t numel, int threads);
 int64_t count_true(const uint8_t* mask, int64_t numel, int threads);
 // Fills row_ptr (out + 1) and col (nnz) from a dense weight or mask, and values where `values` is not null.

@@ -73,6 +73,22 @@ void weight_grad(const Convolution& c, const Four& size, Address x, const Four& 
     run(active_kernels().sampled_product, f.product);
 }
 
+// A compact activation as Python holds it: sizes (blocks, channels, height, width); samples (all, of a block, of a
+// column) and the step of its columns.
+Compact compact(const Four& size, const Four& lanes, Address bits, Address start, Address values) {
+    return {size[0],
+            size[1],
+            size[2],
+            size[3],
+            lanes[0],
+            lanes[1],
+            lanes[2],
+            lanes[3],
+            at<const uint8_t>(bits),
+            at<const int64_t>(start),
+            at<const float>(values)};
+}
+
 std::vector<std::string> available() {
     std::vector<std::string> names;
     for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
@@ -216,6 +232,46 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         active_kernels().transpose(q);
     });
+
+    m.def("nth_magnitude", [](Address x, int64_t count, int64_t n, int threads) {
+        py::gil_scoped_release release;
+        return nth_magnitude(at<const float>(x), count, n, threads);
+    });
+    m.def("mask_largest", [](Address x, int64_t count, int64_t keep, Address mask, int threads) {
+        py::gil_scoped_release release;
+        mask_largest(at<const float>(x), count, keep, at<uint8_t>(mask), threads);
+    });
+    m.def("compact_bits", [](const Four& size, const Four& lanes, Address x, const Four& stride, float threshold,
+                             Address bits, Address counts, int threads) {
+        const Compact a = compact(size, lanes, 0, 0, 0);
+        py::gil_scoped_release release;
+        active_kernels().compact_bits(a, view(x, stride), threshold, at<uint8_t>(bits), at<int64_t>(counts), threads);
+    });
+    m.def("compact_values", [](const Four& size, const Four& lanes, Address bits, Address start, Address x,
+                               const Four& stride, Address values, int threads) {
+        const Compact a = compact(size, lanes, bits, start, 0);
+        py::gil_scoped_release release;
+        active_kernels().compact_values(a, view(x, stride), at<float>(values), threads);
+    });
+    m.def("compact_expand", [](const Four& size, const Four& lanes, Address bits, Address start, Address values,
+                               Address x, const Four& stride, int threads) {
+        const Compact a = compact(size, lanes, bits, start, values);
+        py::gil_scoped_release release;
+        active_kernels().compact_expand(a, view(x, stride), threads);
+    });
+    m.def("compact_gradient",
+          [](const Convolution& c, const Four& size, const Four& lanes, Address bits, Address start, Address values,
+             Two out_size, Address grad, const Four& grad_stride, Address weight_grad, int threads) {
+              const CompactGradient q{pattern_shape(c),
+                                      compact(size, lanes, bits, start, values),
+                                      out_size[0],
+                                      out_size[1],
+                                      view(grad, grad_stride),
+                                      at<float>(weight_grad),
+                                      threads};
+              py::gil_scoped_release release;
+              return active_kernels().compact_gradient(q);
+          });
 
     m.def("available_isas", &available, "Instruction sets that this processor can run, best first.");
     m.def("active_isa", [] { return std::string(active_kernels().name); });

@@ -1,5 +1,7 @@
 // One instruction set's kernels, in one translation unit: built once per set with that set's flags.
 // Everything in it has a namespace of its own, so no two sets share an inline function.
+#include "compact.cpp"
+#include "compact_gradient.cpp"
 #include "gather_product.cpp"
 #include "layout.cpp"
 #include "norm.cpp"
@@ -29,6 +31,10 @@ const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
                                pool_forward,
                                pool_backward,
                                transpose_batches,
+                               compact_bits,
+                               compact_values,
+                               compact_expand,
+                               compact_gradient,
                                fma_peak,
                                load_fma_peak};
     return &table;

@@ -13,16 +13,16 @@ class Programs:
 
 def forward(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int, y_stride: _Sizes,
-    row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs, threads: int,
+    row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs | None, threads: int,
 ) -> None: ...  # fmt: skip
 def input_grad(
     conv: Convolution, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,
-    grad_x_stride: _Sizes, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int, programs: Programs,
+    grad_x_stride: _Sizes, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int, programs: Programs | None,
     threads: int,
 ) -> None: ...  # fmt: skip
 def weight_grad(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int, grad_stride: _Sizes,
-    row_ptr: int, col: int, value_grad: int, nnz: int, programs: Programs,
+    row_ptr: int, col: int, value_grad: int, nnz: int, programs: Programs | None,
     threads: int,
 ) -> None: ...  # fmt: skip
 def count_nonzero(weight: int, numel: int, threads: int) -> int: ...
@@ -59,6 +59,21 @@ def pool_backward(
 def transpose(
     source: int, dest: int, batch: _Sizes, size: _Sizes, from_stride: _Sizes, to_stride: _Sizes, threads: int
 ) -> None: ...
+def nth_magnitude(x: int, count: int, n: int, threads: int) -> float: ...
+def mask_largest(x: int, count: int, keep: int, mask: int, threads: int) -> None: ...
+def compact_bits(
+    size: _Sizes, lanes: _Sizes, x: int, stride: _Sizes, threshold: float, bits: int, counts: int, threads: int
+) -> None: ...
+def compact_values(
+    size: _Sizes, lanes: _Sizes, bits: int, start: int, x: int, stride: _Sizes, values: int, threads: int
+) -> None: ...
+def compact_expand(
+    size: _Sizes, lanes: _Sizes, bits: int, start: int, values: int, x: int, stride: _Sizes, threads: int
+) -> None: ...
+def compact_gradient(
+    conv: Convolution, size: _Sizes, lanes: _Sizes, bits: int, start: int, values: int, out_size: _Sizes, grad: int,
+    grad_stride: _Sizes, weight_grad: int, threads: int,
+) -> int: ...  # fmt: skip
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...
 def activate_isa(name: str) -> bool: ...

@@ -65,8 +65,10 @@ class _Generated(NamedTuple):
 _generated: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a pattern's first tensor -> _Generated
 
 
-def programs(pattern: list[Tensor]) -> _native.Programs:
+def programs(pattern: list[Tensor]) -> _native.Programs | None:
     """Where the generated kernels of a pattern are kept, as long as its tensors live and are what they were."""
+    if pattern[0] in _plain:
+        return None
     versions = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in pattern)
     known = _generated.get(pattern[0])
     if known is None or known.versions != versions or pattern[0].is_inference():
@@ -75,6 +77,14 @@ def programs(pattern: list[Tensor]) -> _native.Programs:
         known = _Generated(versions, fingerprint, known.programs if same else _native.Programs())
         _generated[pattern[0]] = known
     return known.programs
+
+
+_plain: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first tensors of patterns that no kernels are generated for
+
+
+def compute_plainly(pattern: list[Tensor]) -> None:
+    """Generates no kernels for a pattern, which is not used often enough to be worth them."""
+    _plain[pattern[0]] = True
 
 
 def _pointer(tensor: Tensor | None) -> int:

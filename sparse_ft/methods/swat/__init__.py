@@ -1,0 +1,224 @@
+"""SWAT: dense weights that train through their largest ones, and through the largest of their inputs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.masks import prunable_layers
+from sparse_ft.nn import SparseConv2d, follow_layout, restore_stock
+from sparse_ft.optimizer_state import elementwise_state
+from sparse_ft.tune import TimingCache
+
+from ..base import Scheduled
+from ..clock import Clock
+from ..fields import EPOCH, FLAG, NEVER, NOTHING, choice, either, field, integer
+from ..pruning import SPARSITY, MaskedTargets
+from ..registry import register
+from ..targets import ALL_PRUNABLE, Target
+from ..training import Training
+from . import budgets
+from .layers import State, adapt, obstacle, restore
+from .products import Active, Geometry, Products
+
+_MOMENTA = ("momentum_buffer", "exp_avg")  # of SGD and of Adam
+
+
+@register("SWATModifier")
+class SWAT(MaskedTargets, Scheduled):
+    """Sparse compute from the second step on, with dense weights behind it.
+
+    Forward pass and input gradient use the largest weights of each layer, the weight gradient the largest values of
+    its input over the whole batch; it is dense, so that every weight may come to be used. Which weights those are,
+    and from which magnitude on values are kept, is found anew every `update_period` steps. At the end the weights are
+    pruned for good.
+    """
+
+    source = "Raihan & Aamodt 2020, arXiv 2001.01969"
+    completes = True
+    dense_until_end = True
+
+    sparsity: float = field(SPARSITY, unit="fraction of zeros", doc="Of the weights in use, and at the end.")
+    activation_sparsity: float | None = field(
+        either(SPARSITY, NOTHING), None, unit="fraction of zeros",
+        doc="Of the inputs that are kept for the weight gradient; nothing for each layer's own weight sparsity.",
+    )  # fmt: skip
+    update_period: int = field(
+        integer(1),
+        10,
+        unit="steps",
+        doc="Between two choices of weights and thresholds; a fifth of an epoch for ImageNet.",
+    )
+    scope: str = field(
+        choice("uniform", "erk", "momentum"), "uniform",
+        doc="Every weight alike (with __ALL_PRUNABLE__ the first convolution stays dense), more in larger layers, or"
+        " more where momentum is larger: SWAT-U, -ERK and -M.",
+    )  # fmt: skip
+    mask_type: str = field(
+        choice("unstructured", "channel", "filter"), "unstructured",
+        doc="What is chosen together in convolutions: single weights, kernels of two channels, filters.",
+    )  # fmt: skip
+    policy: str = field(
+        choice("auto", "always", "none"), "auto",
+        doc="Which products run on the sparse kernels: those that are faster so, all, none.",
+    )  # fmt: skip
+    end_epoch: float = field(
+        EPOCH, unit="epochs", doc="When the weights are pruned for good: the end of the training."
+    )
+    leave_enabled: bool = field(FLAG, True, doc="Keep the mask after the end.")
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self._states: dict[str, State] = {}
+        self._saved: Mapping[str, Any] = {}
+        self._model: nn.Module | None = None
+        self._began = 0  # step
+
+    def check(self) -> None:
+        super().check()
+        if self.end_epoch == NEVER or self.end_epoch == self.start_epoch:
+            raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
+
+    def find_targets(self, model: nn.Module) -> dict[str, Target]:
+        targets = super().find_targets(model)
+        if self.params == ALL_PRUNABLE:
+            targets = {name: target for name, target in targets.items() if not obstacle(target.module)}
+            if self.scope == "uniform":
+                stems = [
+                    f"{name}.weight" for name, reason in prunable_layers(model).skipped.items() if reason == "stem"
+                ]
+                targets = {name: target for name, target in targets.items() if name not in stems} or targets
+        for name, target in targets.items():
+            if name != "weight" and not name.endswith(".weight"):
+                raise self.wrong("params", f"{name} is not the weight of a layer")
+            if reason := obstacle(target.module):
+                raise self.wrong("params", f"{name} cannot train with SWAT ({reason}): leave it out by `ignore`")
+        if not targets:
+            raise self.wrong("params", "the model has no Linear or Conv2d weights")
+        return targets
+
+    # At work
+
+    def start(self, training: Training) -> None:
+        self.attach(training)
+        training.refuse_native(self.targets)
+        self._began = training.step
+        self._adapt(training, self._choose(training))
+
+    def resume(self, training: Training) -> None:
+        super().resume(training)
+        if self.phase.ended:
+            return
+        self._adapt(training, self._saved["masks"])
+        for name, state in self._states.items():
+            state.threshold = self._saved["thresholds"][name]
+            state.products.forms = dict(self._saved["forms"][name])
+
+    def _adapt(self, training: Training, masks: Mapping[str, Tensor]) -> None:
+        self.stop_listening()
+        self._model = training.model
+        cache = TimingCache() if self.policy == "auto" else None
+        for name, target in self.targets.items():
+            mask = masks.get(name)
+            if mask is None or bool(mask.all()):
+                continue  # its budget leaves it dense
+            module: Any = target.module
+            geometry = Geometry.of(module)
+            products = Products(geometry, self.policy, self.update_period, cache)
+            self._states[name] = State(products, Active(mask, geometry), self._kept_share(mask))
+            adapt(module, self._states[name])
+        if any(isinstance(self.targets[name].module, nn.Conv2d) for name in self._states) and self.policy != "none":
+            for module in training.model.modules():
+                follow_layout(module)
+
+    def _kept_share(self, mask: Tensor) -> float:
+        if self.activation_sparsity is not None:
+            return 1.0 - self.activation_sparsity
+        return int(mask.sum()) / mask.numel()
+
+    def _choose(self, training: Training) -> dict[str, Tensor]:
+        """The weights to use from now on."""
+        weights = {name: target.parameter.detach() for name, target in self.targets.items()}
+        keep = self._budget(training)
+        return training.agree(
+            {name: budgets.active_mask(weight, keep[name], self.mask_type) for name, weight in weights.items()}
+        )
+
+    def _budget(self, training: Training) -> dict[str, int]:
+        shapes = {name: target.parameter.shape for name, target in self.targets.items()}
+        if self.scope == "erk":
+            return budgets.erk(shapes, self.sparsity)
+        kept = budgets.uniform(shapes, self.sparsity)
+        if self.scope == "uniform" or not self._states:
+            return kept
+        means = {name: self._mean_momentum(training, name) for name in self.targets}
+        return budgets.momentum(means, {name: shape.numel() for name, shape in shapes.items()}, sum(kept.values()))
+
+    def _mean_momentum(self, training: Training, name: str) -> float:
+        """Mean magnitude of the momentum of the weights in use."""
+        found = dict(elementwise_state(training.optimizer, self.targets[name].parameter))
+        momentum = next((found[key] for key in _MOMENTA if key in found), None)
+        if momentum is None:
+            raise ValueError("scope momentum needs an optimizer with momentum: SGD with momentum, Adam or AdamW")
+        state = self._states.get(name)
+        momentum = momentum.detach() if state is None else momentum.detach()[state.active.mask]
+        return float(momentum.abs().mean()) if momentum.numel() else 0.0
+
+    def before_step(self, training: Training) -> None:
+        """Thresholds that were found in this step are those of the first process, for all."""
+        if self._is_due(training.step - 1) or training.step == self._began + 1:
+            thresholds = [state.threshold for state in self._states.values()]
+            shared = training.share(torch.tensor([torch.nan if t is None else t for t in thresholds]))
+            for state, threshold in zip(self._states.values(), shared.tolist(), strict=True):
+                state.threshold = None if threshold != threshold else threshold
+
+    def after_step(self, training: Training) -> None:
+        if self._states and self._is_due(training.step):
+            for name, mask in self._choose(training).items():
+                if (state := self._states.get(name)) is not None:
+                    state.active = Active(mask, state.products.geometry)
+                    state.threshold = None
+                    if self.activation_sparsity is None:
+                        state.keep = self._kept_share(mask)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether weights and thresholds are chosen anew after a step."""
+        return step > self._began and (step - self._began) % self.update_period == 0
+
+    def end(self, training: Training) -> None:
+        masks = self._choose(training)
+        self.stop_listening()
+        training.masks.hold(self.owner, self.targets, masks)
+        if not self.leave_enabled:
+            training.masks.release(self.owner, at_once=training.sparseml)
+
+    def stop_listening(self) -> None:
+        """The layers compute as ever again, with all their weights."""
+        for name in self._states:
+            restore(self.targets[name].module)
+        self._states = {}
+        if self._model is not None and not any(isinstance(m, SparseConv2d) for m in self._model.modules()):
+            for module in self._model.modules():
+                restore_stock(module)
+        self._model = None
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self._states:
+            return {}
+        return {
+            "began": self._began,
+            "masks": {name: state.active.mask for name, state in self._states.items()},
+            "thresholds": {name: state.threshold for name, state in self._states.items()},
+            "forms": {name: dict(state.products.forms) for name, state in self._states.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._saved = state
+        self._began = int(state.get("began", 0))
+
+    def preview(self, clock: Clock, step: int) -> dict[str, float]:
+        return {"sparsity": self.sparsity}
+
+    def unfinished(self, training: Training) -> str:
+        return f"the weights are to be pruned to a sparsity of {self.sparsity:g} at epoch {self.end_epoch:g}"

@@ -1,0 +1,71 @@
+"""How many weights each layer keeps under SWAT, and which: tensor functions."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparse_ft.masks import budgets
+from sparse_ft.ops.compact import largest_mask
+
+_MOST = 0.99  # of a layer's weights under a budget by momentum
+
+
+def momentum(means: Mapping[str, float], sizes: Mapping[str, int], keep: int) -> dict[str, int]:
+    """Weights that each layer keeps, `keep` together, in proportion to the mean magnitude of its momentum.
+
+    A layer gets 0.99 of its weights at most; what is left over is shared equally between the others.
+
+    Args:
+        means: mean absolute momentum of the active weights, by layer; all zero counts as all equal.
+        sizes: weights of each layer.
+    """
+    total = sum(means.values())
+    if not total > 0.0:
+        means, total = dict.fromkeys(means, 1.0), float(len(means))
+    limits = {name: max(1, int(_MOST * size)) for name, size in sizes.items()}
+    wanted = {name: keep * mean / total for name, mean in means.items()}
+    for _ in means:
+        free = [name for name in means if wanted[name] < limits[name]]
+        over = sum(max(0.0, wanted[name] - limits[name]) for name in means)
+        if over <= 0 or not free:
+            break
+        wanted = {name: min(wanted[name], limits[name]) for name in means}
+        for name in free:
+            wanted[name] += over / len(free)
+    # Rounded down, the rest to the layers whose fraction lost most.
+    kept = {name: min(limits[name], int(wanted[name])) for name in means}
+    by_loss = sorted(means, key=lambda name: kept[name] - wanted[name])
+    for name in by_loss[: max(0, min(keep - sum(kept.values()), len(kept)))]:
+        kept[name] = min(limits[name], kept[name] + 1)
+    return kept
+
+
+def erk(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, int]:
+    """Weights that each layer keeps under the Erdős-Rényi-Kernel rule."""
+    zeros = budgets.erk(list(shapes.values()), sparsity)
+    return {name: shape.numel() - count for (name, shape), count in zip(shapes.items(), zeros, strict=True)}
+
+
+def uniform(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, int]:
+    """Weights that each layer keeps if all lose the same fraction."""
+    return {name: shape.numel() - budgets.uniform(shape.numel(), sparsity) for name, shape in shapes.items()}
+
+
+@torch.no_grad()
+def active_mask(weight: Tensor, keep: int, structure: str) -> Tensor:
+    """bool, True for the weights of largest magnitude, or for those of the whole kernels or filters that have it.
+
+    Exactly `keep` weights, or the next whole number of kernels or filters; of equal ones the first.
+
+    Args:
+        weight: (out, in) or (O, I/groups, KH, KW).
+        structure: "unstructured"; "channel": kernels, by pair of output and input channel; "filter": output channels.
+            Linear layers are unstructured under all three.
+    """
+    if structure == "unstructured" or weight.dim() == 2:
+        return largest_mask(weight, keep)
+    whole = (2, 3) if structure == "channel" else (1, 2, 3)
+    sums = weight.abs().sum(whole, keepdim=True)
+    groups = -(-keep // (weight.numel() // sums.numel()))
+    return largest_mask(sums, groups).expand_as(weight).contiguous()

@@ -1,0 +1,203 @@
+"""The three products of a layer under SWAT, each in the form that is faster where it runs.
+
+Sparse: with the weight's nonzeros, or with the values that were kept of the input. Dense: torch's kernels on the same
+numbers, zeros in between. Which is faster depends on shapes and sparsities, and is measured.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_ft.nn.conv import _padding_of
+from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, SparsePattern, is_batch_last, native_reason
+from sparse_ft.ops.compact import Compact, weight_grad
+from sparse_ft.ops.native import compute_plainly
+from sparse_ft.tune import TimingCache, duel
+
+SPARSE, DENSE = "sparse", "dense"
+_BUDGET_S = 0.1  # for measuring one product
+_WORTH_GENERATING = 2000  # lanes x steps for which a pattern's generated code repays the time that making it takes
+
+
+class Geometry(NamedTuple):
+    """A convolution's numbers; a linear layer is a 1x1 convolution of one position."""
+
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]  # top, left, bottom, right
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, module: nn.Conv2d | nn.Linear) -> "Geometry":
+        if isinstance(module, nn.Linear):
+            return cls((*module.weight.shape, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+        shape = tuple(module.weight.shape)
+        return cls(shape, tuple(module.stride), _padding_of(module), tuple(module.dilation), module.groups)
+
+    @property
+    def flat(self) -> bool:
+        """Whether positions are alike."""
+        return self.weight_shape[2:] == self.stride == (1, 1) and not any(self.padding)
+
+
+class Active:
+    """The weights in use: `mask` of the dense weight, its pattern, and where they lie in the flat weight."""
+
+    def __init__(self, mask: Tensor, geometry: Geometry):
+        self.mask = mask
+        shaped = mask.view(geometry.weight_shape)
+        # Where weights are is all that is built; their values change with every step.
+        self.pattern, _ = SparsePattern.build(
+            shaped.float(), shaped, stride=geometry.stride, padding=geometry.padding[:2], dilation=geometry.dilation,
+            groups=geometry.groups,
+        )  # fmt: skip
+        self.index = self.pattern.flat_index()
+
+    def values(self, weight: Tensor) -> Tensor:
+        return weight.detach().reshape(-1).index_select(0, self.index)
+
+    def to_dense(self, values: Tensor) -> Tensor:
+        dense = values.new_zeros(self.mask.numel())
+        return dense.index_copy_(0, self.index, values).view(self.pattern.weight_shape)
+
+
+@dataclass
+class Operations:
+    """Multiply-adds that the kernels have done, and those of the same products with dense operands."""
+
+    forward: int = 0
+    input_grad: int = 0
+    weight_grad: int = 0
+    dense: int = 0
+
+
+@dataclass
+class Products:
+    """The products of one layer on 4-D activations; they remember their form and count what they do.
+
+    Attributes:
+        policy: "auto" measures the forms of each product at its first use, "always" is sparse, "none" dense.
+        period: steps for which a pattern is in use.
+        forms: product -> "sparse" or "dense", as far as it is decided.
+    """
+
+    geometry: Geometry
+    policy: str
+    period: int
+    cache: TimingCache | None = None
+    forms: dict[str, str] = field(default_factory=dict)
+    operations: Operations = field(default_factory=Operations)
+
+    def forward(self, x: Tensor, active: Active, values: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+
+        def sparse() -> Tensor:
+            return torch.ops.sparse_ft.conv2d(x, values, bias, active.pattern.tensors, *g)
+
+        def dense() -> Tensor:
+            top, left, bottom, right = g.padding
+            source, padding = _for_torch(x), (top, left)
+            if (top, left) != (bottom, right):
+                source, padding = F.pad(source, (left, right, top, bottom)), (0, 0)
+            weight, shift = active.to_dense(values).to(x.dtype), None if bias is None else bias.to(x.dtype)
+            return _from_torch(F.conv2d(source, weight, shift, g.stride, padding, g.dilation, g.groups))
+
+        form = self._form("forward", x, active, sparse, dense)
+        if form == SPARSE and (x.shape[0] * x.shape[2] * x.shape[3]) * self.period < _WORTH_GENERATING:
+            compute_plainly(active.pattern.tensors)
+        y = sparse() if form == SPARSE else dense()
+        self.operations.forward += self._count(y, active if form == SPARSE else None)
+        return y
+
+    def input_grad(self, grad: Tensor, active: Active, values: Tensor, shape: torch.Size) -> Tensor:
+        g = self.geometry
+
+        def sparse() -> Tensor:
+            return torch.ops.sparse_ft.conv2d_input_grad(grad, values, active.pattern.tensors, *g, list(shape))
+
+        def dense() -> Tensor:
+            x = grad.new_empty(1).expand(shape)  # its values are not looked at
+            return self._dense_backward(grad, x, active.to_dense(values), 0)
+
+        form = self._form("input_grad", grad, active, sparse, dense)
+        grad_x = sparse() if form == SPARSE else dense()
+        self.operations.input_grad += self._count(grad, active if form == SPARSE else None)
+        return grad_x
+
+    def weight_grad(self, grad: Tensor, kept: "Compact | Tensor", active: Active) -> Tensor:
+        g = self.geometry
+        done = 0
+
+        def sparse() -> Tensor:
+            nonlocal done
+            assert isinstance(kept, Compact)
+            result, done = weight_grad(kept, grad, *g)
+            return result
+
+        def dense() -> Tensor:
+            x = kept if isinstance(kept, Tensor) else kept.to_dense()
+            return self._dense_backward(grad, x, grad.new_empty(1).expand(g.weight_shape), 1)
+
+        form = self._form("weight_grad", grad, active, sparse, dense)
+        result = sparse() if form == SPARSE else dense()
+        every = self._count(grad, None)
+        self.operations.weight_grad += done if form == SPARSE else every
+        return result
+
+    def _dense_backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+        """The gradient of the input (0) or of the weight (1)."""
+        g = self.geometry
+        top, left, bottom, right = g.padding
+        uneven = (top, left) != (bottom, right)
+        n, c, h, w = x.shape
+        if uneven:
+            x = (
+                F.pad(_for_torch(x), (left, right, top, bottom))
+                if which
+                else x.new_empty(1).expand(n, c, h + top + bottom, w + left + right)
+            )
+        padding = (0, 0) if uneven else (top, left)
+        gradient = torch.ops.aten.convolution_backward(
+            _for_torch(grad), _for_torch(x), weight.to(grad.dtype), None, g.stride, padding, g.dilation, False, (0, 0),
+            g.groups, (which == 0, which == 1, False),
+        )[which]  # fmt: skip
+        if which == 1:
+            return gradient.contiguous()
+        return _from_torch(gradient[:, :, top : top + h, left : left + w] if uneven else gradient)
+
+    def _form(self, product: str, x: Tensor, active: Active, sparse: Callable, dense: Callable) -> str:
+        if native_reason(x) is not None or self.policy == "none":
+            return DENSE
+        if product not in self.forms:
+            if self.policy == "always" or x.numel() == 0:
+                return SPARSE
+            assert self.cache is not None
+            density = active.index.numel() / max(1, active.mask.numel())
+            key = f"swat {product} {tuple(self.geometry)} {tuple(x.shape)} {density:.2f} {torch.get_num_threads()}"
+            timing = self.cache.get(key, lambda: duel({DENSE: dense}, sparse, _BUDGET_S))
+            self.cache.save()
+            self.forms[product] = SPARSE if timing.sparse_ms < timing.dense_ms else DENSE
+        return self.forms[product]
+
+    def _count(self, y: Tensor, active: Active | None) -> int:
+        """Multiply-adds of a product with the active or with all weights, at the positions of the output."""
+        positions, shape = y.numel() // max(1, y.shape[1]), self.geometry.weight_shape
+        every = positions * shape[0] * shape[1] * shape[2] * shape[3]
+        self.operations.dense += every
+        return every if active is None else positions * active.index.numel()
+
+
+def _for_torch(x: Tensor) -> Tensor:
+    """In a layout that torch's convolutions are fast in."""
+    if native_reason(x) is None and is_batch_last(x) and not x.is_contiguous():
+        return torch.ops.sparse_ft.to_layout(x, CHANNELS_LAST)
+    return x
+
+
+def _from_torch(y: Tensor) -> Tensor:
+    return y if native_reason(y) is not None or is_batch_last(y) else torch.ops.sparse_ft.to_layout(y, BATCH_LAST)
