@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "panel.h"
+#include "transpose.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
