@@ -16,6 +16,7 @@ _PUBLIC = {
     "SparseTrainingArguments": "sparse_ft.trainer",
     "SparsityReport": "sparse_ft.masks",
     "StepComparison": "sparse_ft.bench",
+    "apply_recipe": "sparse_ft.session",
     "compare_steps": "sparse_ft.bench",
     "convert": "sparse_ft.conversion",
     "freeze_masks": "sparse_ft.nn",

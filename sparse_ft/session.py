@@ -243,8 +243,8 @@ class SparseSession:
         return loss
 
     def before_step(self) -> bool:
-        """What is due between the backward pass and `optimizer.step()`; returns whether any modifier began, ended or
-        was updated.
+        """What is due between the backward pass and `optimizer.step()`; returns whether a modifier that holds masks
+        began, ended or was updated.
 
         With a gradient scaler call it after `scaler.unscale_(optimizer)`.
 
@@ -260,7 +260,7 @@ class SparseSession:
             event = training.clock.event(modifier.timing, phase, training.step)
             if not event and not (phase.started and not phase.ended):
                 continue
-            acted |= bool(event)
+            acted |= bool(event) and isinstance(modifier, MaskedTargets)
             with self._blaming(modifier):
                 if event.starts:
                     modifier.start(training)
@@ -413,3 +413,31 @@ class _Blame:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, FieldError) or (isinstance(error, ValueError) and not isinstance(error, RecipeError)):
             raise self.recipe.blame(self.modifier, error) from error
+
+
+def apply_recipe(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    *,
+    grad_sampler: GradSampler | None = None,
+    recipe_args: str | Mapping[str, Any] | None = None,
+    ignore_unknown: bool = False,
+) -> SparsityReport:
+    """Prunes a model at one go, in place and without training, to what a recipe leads to in the end.
+
+    Args:
+        recipe: its one-shot stages (`run_type: oneshot`) are applied, or all of it if it has none. What does not prune
+            has no effect.
+        grad_sampler, recipe_args, ignore_unknown: see `SparseSession`.
+
+    Raises:
+        RecipeError: the recipe is wrong, or prunes by what only training shows, such as movement.
+    """
+    loaded = Recipe.load(recipe, args=recipe_args, ignore_unknown=ignore_unknown).at_once()
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    session = SparseSession(model, loaded, still, 1, total_steps=1, teacher="disable", grad_sampler=grad_sampler)
+    if not loaded.check_names(unwrap(model)):
+        raise RecipeError("prunes nothing", recipe=loaded.name)
+    session.before_step()
+    session.after_step()
+    return session.finalize()

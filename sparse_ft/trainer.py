@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -53,6 +53,9 @@ from sparse_ft.recipes.source import RECIPE_FILE
 from sparse_ft.session import SparseSession
 from sparse_ft.training_args import SparseTrainingArguments
 
+if TYPE_CHECKING:
+    from sparse_ft.sparseml_engine import SparsemlRecipe
+
 logger = logging.getLogger(__name__)
 
 
@@ -78,6 +81,8 @@ class SparseTrainer(Trainer):
     Args:
         args: `SparseTrainingArguments`.
         recipe: what `Recipe.load` reads, or a `Recipe`; goes before `args.recipe`.
+        engine: "sparseml" lets that package run the recipe, in dense layers and without resuming; goes before
+            `args.recipe_engine`.
         teacher: a model for recipes that distil, "self" or "disable"; goes before `args.distill_teacher`.
         card: entries of the model card (`license`, `datasets`, `base_model` ...), see `sparse_ft.save_pretrained`.
         Others: as for `transformers.Trainer`. Optimizers that need whole weight matrices (GaLore, APOLLO) refuse
@@ -104,6 +109,7 @@ class SparseTrainer(Trainer):
         args: SparseTrainingArguments | None = None,
         *,
         recipe: str | Path | Recipe | None = None,
+        engine: str | None = None,
         teacher: nn.Module | str | None = None,
         card: Mapping[str, Any] | None = None,
         compute_loss_func: Any = None,
@@ -127,7 +133,8 @@ class SparseTrainer(Trainer):
             self.compute_loss_func = self.compute_loss_func or _CrossEntropy(smoothing)  # model_init made the model
 
         self.card = dict(card or {})
-        self.recipe = self._load_recipe(recipe or args.recipe)
+        self._engine = self._load_engine(recipe or args.recipe, engine or args.recipe_engine)
+        self.recipe = None if self._engine else self._load_recipe(recipe or args.recipe)
         self.teacher = _load_teacher(teacher or args.distill_teacher)
         self.session: SparseSession | None = None
         self._live: LiveForms | None = None
@@ -141,8 +148,26 @@ class SparseTrainer(Trainer):
         self._own_optimizer = False
         self._interrupt = InterruptRequest()
         self.add_callback(_SparseTraining(self))
+        if self._engine is not None:
+            self.add_callback(self._engine)
 
     # Recipe
+
+    def _load_engine(self, source: str | Path | Recipe | None, engine: str) -> "SparsemlRecipe | None":
+        """Hands the recipe to sparseml if it is to run it."""
+        if engine not in ("sparse_ft", "sparseml"):
+            raise ValueError(f'engine must be "sparse_ft" or "sparseml", not {engine!r}')
+        if engine == "sparse_ft" or source is None:
+            return None
+        from sparse_ft.sparseml_engine import SparsemlRecipe
+
+        recipe = SparsemlRecipe(
+            source.to_flat().dump() if isinstance(source, Recipe) else source, self.args.recipe_args
+        )
+        if "num_train_epochs" not in self.args.given and self.args.max_steps <= 0 and recipe.max_epochs:
+            self.args.num_train_epochs = float(recipe.max_epochs)
+        self.announce(f"sparseml runs the recipe, which lasts {recipe.max_epochs} epochs")
+        return recipe
 
     def _load_recipe(self, source: str | Path | Recipe | None) -> Recipe | None:
         """Reads the recipe and lets it set what the user has not."""
@@ -172,18 +197,24 @@ class SparseTrainer(Trainer):
         return self._kept_masks | (self.session.masks if self.session else {}) | self._recipe_masks
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.recipe is not None and self.recipe.sets_learning_rate and self.lr_scheduler is None:
+        recipe = self.recipe or self._engine
+        if recipe is not None and recipe.sets_learning_rate and self.lr_scheduler is None:
             self.lr_scheduler = _SetByRecipe(optimizer or self.optimizer)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _start_session(self, max_steps: int, train_dataloader: DataLoader, resumes: bool) -> None:
         """Puts the recipe to work on the model and optimizer that are to be trained."""
+        steps_per_epoch = self.set_initial_training_values(self.args, train_dataloader)[1]
+        if self._engine is not None:
+            if resumes:
+                raise CheckpointError("a run with engine 'sparseml' cannot be resumed: sparseml keeps no masks")
+            self._engine.begin(self.accelerator.unwrap_model(self.model), self.optimizer, steps_per_epoch)
+            return
         if self.recipe is None:
             if self._checkpoint_session is not None:
                 raise CheckpointError("the checkpoint is of a run with a recipe: give it again (its recipe.yaml)")
             return
-        steps_per_epoch = self.set_initial_training_values(self.args, train_dataloader)[1]
         model = self.accelerator.unwrap_model(self.model)
         self.session = SparseSession(
             model,
@@ -323,6 +354,8 @@ class SparseTrainer(Trainer):
         checkpoint = self._checkpoint_state or SparseState()
         model = self.accelerator.unwrap_model(self.model)
         masks = checkpoint.masks if checkpoint.masks is not None else mask_state(model)
+        if self._engine is not None:
+            masks = {}  # zeros are sparseml's to keep or to free
         pruned = set() if self.recipe is None else self.recipe.pruned_weights(model)
         self._kept_masks = masks = {name: mask for name, mask in masks.items() if name not in pruned}
         self._check_masks(masks)
@@ -633,7 +666,9 @@ class SparseTrainer(Trainer):
         self._save_recipe(folder)
 
     def _save_recipe(self, folder: Path) -> None:
-        if self.recipe is not None and self.recipe.modifiers:
+        if self._engine is not None:
+            self._engine.save(folder / RECIPE_FILE)
+        elif self.recipe is not None and self.recipe.modifiers:
             self.recipe.save(folder / RECIPE_FILE)
 
     def _last_evaluation(self) -> dict[str, float]:

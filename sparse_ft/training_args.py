@@ -33,6 +33,12 @@ class SparseTrainingArguments(TrainingArguments):
         default="exact",
         metadata={"help": "sparseml: behave as sparseml 1.8.0 does, with its faults, to repeat an old run."},
     )
+    recipe_engine: Literal["sparse_ft", "sparseml"] = field(
+        default="sparse_ft",
+        metadata={
+            "help": "sparseml: let that package, version 1.8.0, run the recipe, for modifiers that only it has."
+        },
+    )
     ignore_unknown: bool = field(
         default=False,
         metadata={"help": "Warn of modifiers and fields of the recipe that are unknown here, and pass them over."},
@@ -82,6 +88,8 @@ class SparseTrainingArguments(TrainingArguments):
             raise ValueError(f"min_sparsity must be in [0, 1), not {self.min_sparsity}")
         if self.recipe_compat not in ("exact", "sparseml"):
             raise ValueError(f"recipe_compat must be exact or sparseml, not {self.recipe_compat!r}")
+        if self.recipe_engine not in ("sparse_ft", "sparseml"):
+            raise ValueError(f"recipe_engine must be sparse_ft or sparseml, not {self.recipe_engine!r}")
         self.given = {name for name in _DEFAULTS if getattr(self, name) is not None}
         for name in _DEFAULTS.keys() - self.given:
             setattr(self, name, _DEFAULTS[name])

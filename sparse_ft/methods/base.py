@@ -70,6 +70,7 @@ class Modifier:
     completes: ClassVar[bool] = False  # see Timing
     changes_loss: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    one_shot = False  # of a one-shot stage: all at the first step, whatever its fields say of time
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -105,9 +106,14 @@ class Modifier:
         """The error to raise for a field."""
         return FieldError(self.type_name, name, message)
 
+    def check_one_shot(self) -> None:
+        """Finds a modifier that cannot be of a one-shot stage; see `wrong`."""
+
     @property
     def timing(self) -> Timing:
         """When it is due."""
+        if self.one_shot:
+            return Timing(NEVER, 0.0, None, self.completes)
         every = getattr(self, "update_frequency", None) if self.periodic else None
         start, end = getattr(self, "start_epoch", NEVER), getattr(self, "end_epoch", NEVER)
         return Timing(start, end, every, self.completes)

@@ -67,6 +67,11 @@ class MaskedTargets(Modifier):
 
     targets: dict[str, Target]
     dense_until_end: ClassVar[bool] = False  # its weights cannot take native form while it is at work
+    needs_training: ClassVar[bool] = False  # it prunes by what only training shows
+
+    def check_one_shot(self) -> None:
+        if self.one_shot and self.needs_training:
+            raise self.wrong(None, "prunes by what training shows, and cannot do it in one shot")
 
     @property
     def keeps_dense(self) -> bool:

@@ -55,6 +55,11 @@ class Stage:
     run_type: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def one_shot(self) -> bool:
+        """Whether its modifiers do all that they have to do at one step, before the training."""
+        return self.run_type == "oneshot"
+
 
 @dataclass
 class Document:
@@ -172,6 +177,8 @@ class _Parser:
                 stage.variables |= plain(value)
             else:
                 stage.variables[key] = self.variable(key, value, line)
+        if dialect == "new" and stage.run_type is None and "oneshot" in name.lower():
+            stage.run_type = "oneshot"  # as llm-compressor understands it
         return stage
 
     def tagged_group(self, name: str, value: Any, line: int) -> Group:

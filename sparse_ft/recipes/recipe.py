@@ -128,7 +128,10 @@ class Recipe:
         fields = self._fields(cls, stage, entry)
         while True:
             try:
-                return cls(**fields)
+                modifier = cls(**fields)
+                modifier.one_shot = stage.one_shot
+                modifier.check_one_shot()
+                return modifier
             except FieldError as error:
                 wrong = self._error(entry, error, fields)
                 if not (self.ignore_unknown and error.field in fields and error.field not in cls.fields):
@@ -154,7 +157,7 @@ class Recipe:
             known = self.document.dialect == "new" and not cls.unsupported
             fields[_NEW_NAMES.get(name, name) if known else name] = resolved
         if self.document.dialect == "new" and not cls.unsupported:
-            _complete(cls, fields)
+            _complete(cls, fields, stage)
         return fields
 
     def _error(self, entry: Entry, error: FieldError, fields: dict[str, Any]) -> RecipeError:
@@ -257,8 +260,26 @@ class Recipe:
         with replacing(path) as temporary:
             temporary.write_text(self.dump(), encoding="utf-8")
 
+    def at_once(self) -> "Recipe":
+        """A recipe that does at its first step what this one's one-shot stages do, or all of it if it has none.
+
+        Raises:
+            RecipeError: a modifier prunes by what only training shows.
+        """
+        document = copy.deepcopy(self.document)
+        document.stages = [stage for stage in document.stages if stage.one_shot] or document.stages
+        for stage in document.stages:
+            stage.run_type = "oneshot"
+        return Recipe(document, name=self.name, compat=self.compat, ignore_unknown=self.ignore_unknown)
+
     def to_flat(self) -> "Recipe":
-        """The recipe in the flat dialect, with variables and expressions replaced by their values."""
+        """The recipe in the flat dialect, with variables and expressions replaced by their values.
+
+        Raises:
+            RecipeError: it has a one-shot stage, for which that dialect has no words.
+        """
+        if shot := next((stage for stage in self.document.stages if stage.one_shot), None):
+            raise RecipeError(f"has the one-shot stage {shot.name!r}, which only mappings can say", recipe=self.name)
         groups = [Group(name, list(entries)) for name, entries in self._flat_groups()]
         document = Document("flat", [Stage("", groups)], {}, {})
         return Recipe(document, name=self.name, compat=self.compat, ignore_unknown=self.ignore_unknown)
@@ -283,13 +304,16 @@ def _sets_learning_rate(entry: Entry) -> bool:
         return False
 
 
-def _complete(cls: type[Modifier], fields: dict[str, Any]) -> None:
+def _complete(cls: type[Modifier], fields: dict[str, Any], stage: Stage) -> None:
     """Defaults that the mapping dialect has and the flat one has not."""
     if fields.get("scheduler_args") == {}:
         del fields["scheduler_args"]
     if fields.pop("apply_globally", False):
         fields["scope"] = "global"
-    for name, default in (("start_epoch", NEVER), ("update_frequency", NEVER)):
+    defaults = {"start_epoch": NEVER, "update_frequency": NEVER}
+    if stage.one_shot:
+        defaults["end_epoch"] = 1.0  # of which nothing is read
+    for name, default in defaults.items():
         if name in cls.fields and cls.fields[name].required:
             fields.setdefault(name, default)
 

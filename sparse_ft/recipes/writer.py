@@ -23,7 +23,7 @@ def dump_document(document: Document) -> str:
 def _stage(stage: Stage, dialect: str) -> str:
     indent = 0 if dialect == "flat" else 2
     parts = [] if dialect == "flat" else [f"{_key(stage.name)}:\n"]
-    if stage.run_type:
+    if stage.run_type and dialect == "new":
         parts.append(f"  run_type: {stage.run_type}\n")
     parts += [_mapping(stage.meta, indent), _mapping(stage.variables, indent)]
     for group in stage.groups:

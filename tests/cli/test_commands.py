@@ -162,6 +162,21 @@ def test_prune_and_inspect(run, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_prune_by_a_recipe(run, tmp_path):
+    (tmp_path / "half.yaml").write_text(
+        "share: 0.5\nmodifiers:\n  - !OneShotPruningModifier {params: ['re:layer[12].*conv1.weight'],"
+        " sparsity: eval(share), start_epoch: 3}\n"
+    )
+    arguments = ("prune", "--model", "timm/test_resnet", "--output-dir", tmp_path / "pruned")
+    status, out, err = run(*arguments, "--recipe", tmp_path / "half.yaml", "--recipe-args", "share=0.6")
+    assert status == 0, err
+    assert "60.00% in the layers with zeros" in out
+    status, _, err = run(*arguments, "--recipe", tmp_path / "half.yaml", "--scope", "global")
+    assert (status, "--scope is the recipe's own" in err) == (2, True)
+    status, _, err = run(*arguments, "--recipe-args", "share=0.6")
+    assert (status, "--recipe-args needs a --recipe" in err) == (2, True)
+
+
 def test_bench(run, image_model, tmp_path):
     plot = tmp_path / "layers.svg"
     options = ("--batch-size", 2, "--image-size", 32, "--steps", 1, "--no-keep-memory")

@@ -417,3 +417,50 @@ def whole_gradients(model, data, names):
     for name, buffer in model.named_buffers():
         buffer.copy_(kept[name])
     return gradients
+
+
+ONE_SHOT = """
+oneshot_stage:
+  pruning_modifiers:
+    MagnitudePruningModifier: {init_sparsity: 0.0, final_sparsity: 0.7, targets: ['re:hidden.weight', conv.weight]}
+train_stage:
+  run_type: train
+  pruning_modifiers:
+    ConstantPruningModifier: {targets: __ALL_PRUNABLE__, start: 0}
+"""
+
+
+def test_a_one_shot_stage_prunes_at_the_first_step():
+    model, optimizer, session = make(ONE_SHOT, epochs=2)
+    assert session.max_epochs == 0
+    train(model, optimizer, session, 1)
+    assert zeros(model, "conv.weight", "hidden.weight") == pytest.approx(0.7, abs=1e-3)
+    mask = session.masks["hidden.weight"].clone()
+    train(model, optimizer, session, 2 * STEPS - 1)
+    assert torch.equal(session.masks["hidden.weight"], mask)
+    assert Recipe.load(Recipe.load(ONE_SHOT).dump()) == Recipe.load(ONE_SHOT)
+    with pytest.raises(RecipeError, match="has the one-shot stage 'oneshot_stage', which only mappings can say"):
+        Recipe.load(ONE_SHOT).to_flat()
+
+
+def test_a_recipe_is_applied_without_training():
+    model = Network()
+    before = copy.deepcopy(model.state_dict())
+    report = sparse_ft.apply_recipe(model, ONE_SHOT)
+    assert {layer.name for layer in report.layers if layer.sparsity > 0} == {"conv", "hidden"}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor[tensor != 0], before[name][tensor != 0])
+    sparse_ft.apply_recipe(model, gmp(final_sparsity=0.9))  # all of a recipe without such a stage
+    assert zeros(model, "conv.weight") == pytest.approx(0.9, abs=0.01)
+    later = "start_epoch: 2, end_epoch: 9, update_frequency: 1"
+    sparse_ft.apply_recipe(
+        model, recipe(f"!ACDCPruningModifier {{params: [hidden], compression_sparsity: 0.95, {later}}}")
+    )
+    assert zeros(model, "hidden.weight") == pytest.approx(0.95, abs=0.01)
+    fields = f"params: [head], init_sparsity: 0.1, final_sparsity: 0.5, {later}"
+    with pytest.raises(RecipeError, match="needs a grad_sampler"):
+        sparse_ft.apply_recipe(model, recipe(f"!OBSPruningModifier {{{fields}, num_grads: 4}}"))
+    with pytest.raises(RecipeError, match="line 2: MovementPruningModifier: prunes by what training shows"):
+        sparse_ft.apply_recipe(model, recipe(f"!MovementPruningModifier {{{fields}}}"))
+    with pytest.raises(RecipeError, match="prunes nothing"):
+        sparse_ft.apply_recipe(model, recipe("!EpochRangeModifier {start_epoch: 0, end_epoch: 2}"))

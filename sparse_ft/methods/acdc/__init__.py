@@ -48,6 +48,8 @@ class ACDCPruning(MaskedTargets, Scheduled):
 
     def is_sparse(self, clock: Clock, step: int) -> bool:
         """Whether a step is in a sparse phase; a dense phase that would be the last is sparse as well."""
+        if self.one_shot:
+            return True
         length = clock.number(self.update_frequency)
         phase = clock.elapsed(self.timing, step) // length
         whole = clock.number(self.end_epoch) - max(clock.number(self.start_epoch), 0)

@@ -20,6 +20,7 @@ class MovementPruning(GradualPruning):
     source = "Sanh et al. 2020, arXiv 2005.07683"
 
     dense_until_end = True  # it looks at every gradient
+    needs_training = True
 
     _sums: dict[str, Tensor]
 

@@ -25,6 +25,7 @@ class STR(HiddenWeights):
     """
 
     source = "Kusupati et al. 2020, arXiv 2002.03231"
+    needs_training = True
 
     init_threshold: float = field(_THRESHOLD, 1e-4, doc="Threshold at the start.")
     threshold_decay: float = field(number(0), 5e-4, doc="Decay of s: the larger, the sparser.")
