@@ -35,6 +35,7 @@ class FBPS(ChannelWise, Scheduled):
     source = "Zhou et al. 2021, arXiv 2111.05685"
     completes = True
     changes_loss = True
+    needs_training = True
 
     params: Any = field(
         either(TARGETS, NOTHING), None,
