@@ -4,6 +4,8 @@ import importlib
 import sys
 from typing import Any
 
+from sparse_ft.when_imported import when_imported
+
 __version__ = "0.1.0"
 
 # Public name -> module. Loaded on first use: `import sparse_ft` alone does not import torch, which takes seconds.
@@ -52,3 +54,6 @@ def __dir__() -> list[str]:
 if "torch" in sys.modules:
     # The operators are there as soon as torch and this package are; otherwise with the first name that is used.
     importlib.import_module("sparse_ft.ops")
+
+# `AutoModel.from_pretrained(..., subfolder="sparse")` finds us through this.
+when_imported("transformers.quantizers.auto", lambda: importlib.import_module("sparse_ft.quantizer"))

@@ -348,6 +348,11 @@ def _example_inputs(model: nn.Module):
     if isinstance(config, dict) and config.get("input_size"):
         image = parameter.new_zeros(16, *config["input_size"])
         return image if inner is model else {"pixel_values": image}
+    model_config: Any = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) == "pixel_values" and hasattr(model_config, "image_size"):
+        size = model_config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": parameter.new_zeros(16, getattr(model_config, "num_channels", 3), height, width)}
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, Mapping):
         return dummy

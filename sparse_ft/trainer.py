@@ -661,6 +661,7 @@ class SparseTrainer(Trainer):
             metrics=self._last_evaluation(),
             card=self.card | ({"model_id": self.hub_model_id} if self.hub_model_id else {}),
             extra={NATIVE_LAYERS: names_on_disk(model, native_layers(model))},
+            compact=folder == self._folder,  # a checkpoint to resume from is read in dense layout
         )
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self._save_recipe(folder)

@@ -1,32 +1,54 @@
-"""The compact form of a checkpoint: only the values of sparse weights, and one bit per weight for their places.
+"""The compact form of a checkpoint: of sparse weights only the values, and where they are.
 
-``docs/format.md`` is the specification. A sparse weight ``w`` of `n` elements, `k` of them in its mask, becomes two
-one-dimensional tensors of a safetensors file: ``w.values`` (`k` numbers, row-major order) and ``w.bitmap``
-(ceil(`n` / 8) bytes). Everything else is stored as it is. The mask is stored, not the nonzeros: a weight that is in
-the mask and happens to be 0.0 is still in the mask after a round trip.
+``docs/format.md`` is the specification. A sparse weight ``w`` becomes two one-dimensional tensors of a safetensors
+file: ``w``, the values in row-major order, and their positions, either ``w.gaps`` (see `sparse_ft.hub.gaps`) or
+``w.bitmap``, whichever is smaller. Everything else is stored as it is. The mask is stored, not the nonzeros: a weight
+that is in the mask and happens to be 0.0 is still in the mask after a round trip.
+
+The values go under the weight's own name because they have another shape than the weight: a loader that does not know
+this format stops at the wrong shape instead of leaving the weight as it was initialised.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .bitmap import (
-    SparseEntry,
-    check_shape,
-    count_ones,
-    header,
-    open_safetensors,
-    pack_bits,
-    read_entries,
-    unpack_bits,
-)
+from . import gaps
+from .bitmap import check_bitmap, pack_bits, unpack_bits
+from .header import check_shape, header, open_safetensors, read_header, tensor_headers
 
 COMPACT_FORMAT = "sparse_ft.compact"
-COMPACT_FILE = "sparse/model.safetensors"  # below the folder of a checkpoint
+COMPACT_FOLDER = "sparse"  # below the folder of a checkpoint
+COMPACT_FILE = f"{COMPACT_FOLDER}/model.safetensors"
+VERSION = "2"
+_READABLE = ("1", VERSION)
 _DTYPE_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class SparseEntry:
+    """A sparse weight as a file's header describes it, before anything of its dense size is allocated.
+
+    Attributes:
+        shape, dtype: Of the dense weight.
+        nnz: How many values there are.
+        values, positions: Names of the tensors that hold it.
+        is_gaps: Whether the positions are gaps; otherwise they are a bitmap.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nnz: int
+    values: str
+    positions: str
+    is_gaps: bool
 
 
 def pack(
@@ -42,59 +64,149 @@ def pack(
 
     Raises:
         ValueError: A mask without a weight or of another shape, a nonzero outside its mask, a weight that is not
-            floating point or does not fit `values_dtype`, or a tensor whose name the compact form needs.
+            floating point, has one dimension or does not fit `values_dtype`, or a tensor whose name the compact form
+            needs.
     """
-    if values_dtype not in (None, *_DTYPE_CODES):
-        raise ValueError(f"values_dtype must be float32, float16 or bfloat16, not {values_dtype}")
     tensors = {name: tensor.contiguous() for name, tensor in state_dict.items() if name not in masks}
     entries: dict[str, dict[str, Any]] = {}
     for name, mask in masks.items():
         if name not in state_dict:
             raise ValueError(f"mask {name!r} has no weight of that name in the state dict")
-        weight = state_dict[name].detach()
-        _check_weight(name, weight, mask)
-        for part in (f"{name}.values", f"{name}.bitmap"):
-            if part in state_dict:
+        packed, entries[name] = pack_weight(name, state_dict[name], mask, values_dtype=values_dtype)
+        for part in packed:
+            if part in state_dict and part != name:
                 raise ValueError(f"tensor {part!r} has a name that the compact form of {name!r} needs")
-        values = weight[mask]
-        if values_dtype is not None and values_dtype != weight.dtype:
-            if weight.dtype != torch.float32:
-                raise ValueError(f"weight {name!r} is {weight.dtype} already; leave values_dtype out")
-            rounded = values.to(values_dtype)
-            if torch.any(rounded.isinf() & ~values.isinf()):
-                raise ValueError(f"weight {name!r} has values beyond the range of {values_dtype}")
-            values = rounded
-        tensors[f"{name}.values"] = values
-        tensors[f"{name}.bitmap"] = pack_bits(mask)
-        entries[name] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
-    return tensors, header(COMPACT_FORMAT, entries)
+        tensors |= packed
+    return tensors, metadata(entries)
+
+
+def pack_weight(
+    name: str, weight: Tensor, mask: Tensor, *, values_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors that a weight becomes, and its entry for `metadata`; see `pack`."""
+    if values_dtype not in (None, *_DTYPE_CODES):
+        raise ValueError(f"values_dtype must be float32, float16 or bfloat16, not {values_dtype}")
+    weight = weight.detach().cpu()
+    _check_weight(name, weight, mask)
+    positions = np.flatnonzero(mask.cpu().numpy())
+    values = weight.reshape(-1)[torch.from_numpy(positions)]
+    if torch.count_nonzero(weight) > torch.count_nonzero(values):
+        raise ValueError(f"weight {name!r} has nonzero values outside its mask: apply the mask before packing")
+    suffix, code = _encode(positions, mask)
+    tensors = {name: _narrowed(name, values, values_dtype), f"{name}.{suffix}": code}
+    return tensors, {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+
+
+def metadata(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The ``__metadata__`` of a compact file with these sparse weights."""
+    return header(COMPACT_FORMAT, VERSION, entries)
 
 
 def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Dense state dict and masks of a compact file.
+    """Dense state dict of a compact file, and the masks that the zeros of its weights do not tell.
 
-    The file is checked before memory of dense size is allocated: every sparse weight must have exactly the bitmap
-    bytes that its shape asks for, and as many values as the bitmap has ones.
+    The file is checked before memory of dense size is allocated.
 
     Raises:
         ValueError: The file is not safetensors, not of this format or version, or contradicts itself.
     """
     with open_safetensors(path) as file:
-        entries = _entries(path, file)
-        state_dict = {name: file.get_tensor(name) for name in _dense_names(file, entries)}
+        tensors = tensor_headers(file)
+        entries = read_index(path, file.metadata(), tensors)
+        parts = {part for entry in entries.values() for part in (entry.values, entry.positions)}
+        state_dict = {name: file.get_tensor(name) for name in tensors if name not in parts}
         masks = {}
         for name, entry in entries.items():
-            values, bitmap = file.get_tensor(f"{name}.values"), file.get_tensor(f"{name}.bitmap")
-            ones = count_ones(bitmap)
-            if ones != len(values):
-                raise ValueError(f"{path}: {name}: the bitmap has {ones} ones, but there are {len(values)} values")
+            values, positions = file.get_tensor(entry.values), file.get_tensor(entry.positions)
             try:
-                masks[name] = unpack_bits(bitmap, entry.shape)
+                weight, mask = dense_weight(values, positions, entry.shape, entry.dtype, is_gaps=entry.is_gaps)
             except ValueError as error:
                 raise ValueError(f"{path}: {name}: {error}") from error
-            state_dict[name] = torch.zeros(entry.shape, dtype=entry.dtype)
-            state_dict[name][masks[name]] = values.to(entry.dtype)
+            state_dict[name] = weight
+            if mask is not None:
+                masks[name] = mask
     return state_dict, masks
+
+
+def read_index(
+    where: str | Path, metadata: Mapping[str, str] | None, tensors: Mapping[str, tuple[str, list[int]]]
+) -> dict[str, SparseEntry]:
+    """The sparse weights of a file, from its header alone.
+
+    Args:
+        where: The file, for messages.
+        metadata: Its ``__metadata__``.
+        tensors: Type and shape of each of its tensors.
+
+    Raises:
+        ValueError: Another format or version, or the header contradicts itself.
+    """
+    version, weights = read_header(where, metadata, COMPACT_FORMAT, _READABLE)
+    entries = {}
+    for name, weight in weights.items():
+        try:
+            entries[name] = _entry(name, weight, tensors, version)
+        except ValueError as error:
+            raise ValueError(f"{where}: {name}: {error}") from error
+    return entries
+
+
+def dense_weight(
+    values: Tensor, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, is_gaps: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A weight in dense layout, and its mask if that is not where the weight is not zero.
+
+    Raises:
+        ValueError: The positions are not as many as the values, or not of a weight of this shape.
+    """
+    if values.dim() != 1:
+        raise ValueError(f"its values have shape {tuple(values.shape)} instead of one dimension")
+    numel, count = math.prod(shape), len(values)
+    if is_gaps:
+        pieces = gaps.decode(positions.numpy(), count, numel)
+    else:
+        places = np.flatnonzero(unpack_bits(positions, shape).numpy())
+        if len(places) != count:
+            raise ValueError(f"the bitmap has {len(places)} ones, but there are {count} values")
+        pieces = iter([places])
+    values = values.to(dtype)
+    # numpy's zeros are pages that the system fills when they are touched; torch.zeros writes every one.
+    weight = torch.from_numpy(np.zeros(numel, dtype=f"i{dtype.itemsize}")).view(dtype)
+    mask = None
+    if torch.count_nonzero(values) < count:
+        mask = torch.zeros(numel, dtype=torch.bool)
+    source, target, done = _bits(values), _bits(weight), 0
+    for piece in pieces:
+        target[piece] = source[done : done + len(piece)]
+        done += len(piece)
+        if mask is not None:
+            mask.numpy()[piece] = True
+    return weight.view(shape), None if mask is None else mask.view(shape)
+
+
+def _bits(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's memory as integers, which numpy copies faster than torch and whatever the type."""
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
+
+
+def _encode(positions: NDArray[np.int64], mask: Tensor) -> tuple[str, Tensor]:
+    numel = mask.numel()
+    if numel <= gaps.MAX_SPREAD * len(positions):
+        code = gaps.encode(positions, numel)
+        if len(code) < (numel + 7) // 8:
+            return "gaps", torch.from_numpy(code)
+    return "bitmap", pack_bits(mask)
+
+
+def _narrowed(name: str, values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or dtype == values.dtype:
+        return values
+    if values.dtype != torch.float32:
+        raise ValueError(f"weight {name!r} is {values.dtype} already; leave values_dtype out")
+    rounded = values.to(dtype)
+    if torch.any(rounded.isinf() & ~values.isinf()):
+        raise ValueError(f"weight {name!r} has values beyond the range of {dtype}")
+    return rounded
 
 
 def _check_weight(name: str, weight: Tensor, mask: Tensor) -> None:
@@ -106,28 +218,44 @@ def _check_weight(name: str, weight: Tensor, mask: Tensor) -> None:
     if weight.dtype not in _DTYPE_CODES:
         raise ValueError(f"weight {name!r} is {weight.dtype}; only float32, float16 and bfloat16 can be sparse")
     check_shape(weight.shape)
-    if torch.any(weight[~mask]):
-        raise ValueError(f"weight {name!r} has nonzero values outside its mask: apply the mask before packing")
+    if weight.dim() < 2:
+        raise ValueError(f"weight {name!r} has one dimension; a sparse weight has two or more")
 
 
-def _dense_names(file: Any, entries: Mapping[str, SparseEntry]) -> list[str]:
-    parts = {f"{name}{suffix}" for name in entries for suffix in (".values", ".bitmap")}
-    return [name for name in file.keys() if name not in parts]
-
-
-def _entries(path: str | Path, file: Any) -> dict[str, SparseEntry]:
-    entries = read_entries(path, file, COMPACT_FORMAT)
-    names = set(file.keys())
-    for name, entry in entries.items():
-        if entry.dtype is None:
-            raise ValueError(f"{path}: {name}: its dtype is missing")
-        if f"{name}.values" not in names:
-            raise ValueError(f"{path}: {name}: its values are missing")
-        values = file.get_slice(f"{name}.values")
-        allowed = set(_DTYPE_CODES.values()) if entry.dtype == torch.float32 else {_DTYPE_CODES[entry.dtype]}
-        if len(values.get_shape()) != 1 or values.get_dtype() not in allowed:
-            raise ValueError(
-                f"{path}: {name}: values of a {entry.dtype} weight must be one-dimensional of type "
-                f"{' or '.join(sorted(allowed))}, not {values.get_dtype()} {values.get_shape()}"
-            )
-    return entries
+def _entry(
+    name: str, weight: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int]]], version: str
+) -> SparseEntry:
+    shape, code = tuple(weight["shape"]), weight.get("dtype")
+    if code not in ("float32", "float16", "bfloat16"):
+        raise ValueError(
+            "its dtype is missing" if code is None else f"dtype must be float32, float16 or bfloat16, not {code!r:.40}"
+        )
+    dtype: torch.dtype = getattr(torch, code)
+    values = f"{name}.values" if version == "1" else name
+    if version == "1" and name in tensors:
+        raise ValueError("stored both as a dense and as a sparse tensor")
+    if version != "1" and len(shape) < 2:
+        raise ValueError(f"a sparse weight has two or more dimensions, not shape {list(shape)}")
+    if values not in tensors:
+        raise ValueError("its values are missing")
+    found, size = tensors[values]
+    allowed = set(_DTYPE_CODES.values()) if dtype == torch.float32 else {_DTYPE_CODES[dtype]}
+    if len(size) != 1 or found not in allowed:
+        raise ValueError(
+            f"values of a {dtype} weight must be one-dimensional of type {' or '.join(sorted(allowed))}, "
+            f"not {found} {str(size)[:80]}"
+        )
+    nnz, numel = size[0], math.prod(shape)
+    if nnz > numel:
+        raise ValueError(f"{nnz} values for a weight of {numel} elements")
+    is_gaps = version != "1" and f"{name}.gaps" in tensors
+    positions = f"{name}.gaps" if is_gaps else f"{name}.bitmap"
+    if not is_gaps:
+        check_bitmap(positions, shape, tensors)
+    elif tensors[positions][0] != "U8" or len(tensors[positions][1]) != 1:
+        raise ValueError(f"its gaps must be one-dimensional of type U8, not {' '.join(map(str, tensors[positions]))}")
+    elif numel > gaps.MAX_SPREAD * nnz:
+        raise ValueError(f"{nnz} of {numel} positions are not stored as gaps")
+    elif f"{name}.bitmap" in tensors:
+        raise ValueError("its positions are stored both as gaps and as a bitmap")
+    return SparseEntry(shape, dtype, nnz, values, positions, is_gaps)

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .bitmap import open_safetensors
 from .errors import ModelError
 from .foreign import read_index
+from .header import open_safetensors
 
 _SPARE_NUMBERS = 2**26  # 256 MB in float32: a new classifier, position tables
 _SPARE_PARTS = 20_000

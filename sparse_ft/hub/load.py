@@ -16,13 +16,14 @@ from sparse_ft.conversion import convert as convert_layers
 from sparse_ft.masks import prunable_layers
 from sparse_ft.nn import SparseModule
 
-from . import compact, timm_models, transformers_models
+from . import timm_models, transformers_models
 from .bitmap import MASK_FILE, read_masks
-from .compact import COMPACT_FILE
+from .compact import COMPACT_FOLDER
+from .compact_folder import read_compact_folder
 from .errors import ModelError
 from .foreign import bitmask, fit, read_checkpoint, renamed
 from .limits import check_config, check_file_size
-from .source import WEIGHT_FILES, resolve
+from .source import Form, ModelSource, resolve
 
 Masks = dict[str, Tensor]
 
@@ -46,6 +47,7 @@ def from_pretrained(
     reference: str | Path | nn.Module | None = None,
     renames: Mapping[str, str] | None = None,
     zero_threshold: float = 0.0,
+    form: Form = "auto",
 ) -> nn.Module:
     """A model with its sparse layers in native form.
 
@@ -71,6 +73,8 @@ def from_pretrained(
             is of: a name as above (a config.json is enough), or a model of any kind, which is filled and returned.
         renames: For a checkpoint file: regular expressions to be replaced in the names of its tensors.
         zero_threshold: In layers that have no mask of their own, weights of at most this size become zero.
+        form: Which of the stored weights to read, ``"dense"`` or ``"compact"``; ``"auto"`` downloads the compact
+            form alone where the repository has one, and of a folder reads the dense weights where it has such.
 
     Returns:
         The model, in the mode in which its library's own loader leaves it: timm's for training, transformers' for
@@ -81,7 +85,7 @@ def from_pretrained(
     """
     model, masks = _load(
         name_or_path, num_labels, label_names, task, for_trainer, revision, token, pretrained, model_args, dtype,
-        reference, renames,
+        reference, renames, form,
     )  # fmt: skip
     if zero_threshold:
         zero_small_weights(model, zero_threshold, keep=masks)
@@ -105,6 +109,7 @@ def load_model(
     reference: str | Path | nn.Module | None = None,
     renames: Mapping[str, str] | None = None,
     zero_threshold: float = 0.0,
+    form: Form = "auto",
 ) -> nn.Module:
     """The dense model, zeros included: `from_pretrained` with ``convert=False``."""
     return from_pretrained(
@@ -122,6 +127,7 @@ def load_model(
         reference=reference,
         renames=renames,
         zero_threshold=zero_threshold,
+        form=form,
     )
 
 
@@ -138,13 +144,16 @@ def _load(
     dtype: torch.dtype,
     reference: str | Path | nn.Module | None,
     renames: Mapping[str, str] | None,
+    form: Form,
 ) -> tuple[nn.Module, Masks]:
     if renames and reference is None:
         raise ModelError("renames are for the checkpoint file of another tool: give a reference, too")
     if isinstance(reference, nn.Module):
         return _fill(reference, Path(name_or_path), renames or {})
     num_labels = _label_count(num_labels, label_names)
-    source = resolve(name_or_path, revision=revision, token=token, pretrained=pretrained, reference=reference)
+    source = resolve(
+        name_or_path, revision=revision, token=token, pretrained=pretrained, reference=reference, form=form
+    )
     given: tuple[dict[str, Tensor], Masks] | None = None
     if source.checkpoint is not None:
         assert reference is not None
@@ -152,7 +161,7 @@ def _load(
     if model_args and source.architecture is None:
         raise ModelError(f"model_args are for timm/ARCHITECTURE; {str(name_or_path)!r} has its own in config.json")
     if source.folder is not None and not _is_timm(_read_config(source.folder)):
-        weights, masks = given or _read_weights(source.folder)
+        weights, masks = given or _read_weights(source)
         model = transformers_models.load(
             source.folder, weights, task=task, num_labels=num_labels, label_names=label_names, dtype=dtype
         )
@@ -171,7 +180,7 @@ def _load(
             )
             masks = _fitting(masks, model, Path(name_or_path), new_labels=num_labels is not None)
     else:
-        weights, masks = given or _read_weights(source.folder)
+        weights, masks = given or _read_weights(source)
         if weights is None:
             weights = _read_safetensors(source.folder / "model.safetensors")
         model = timm_models.load(source.folder, weights, num_labels)
@@ -249,19 +258,18 @@ def _fill(model: nn.Module, path: Path, renames: Mapping[str, str]) -> tuple[nn.
     return model, _fitting(renamed(checkpoint.masks, renames), model, path, new_labels=False)
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor] | None, Masks]:
-    """Weights that the model's own loader would not read, if the folder has such, and the masks beside weights."""
-    if bitmask.sparsity_format(_read_config(folder), str(folder)) is not None:
-        return bitmask.read(folder)
-    return _read_compact(folder)
-
-
-def _read_compact(folder: Path) -> tuple[dict[str, Tensor] | None, Masks]:
-    """Weights of the compact form if the folder has no others, and the masks that are stored with the weights."""
+def _read_weights(source: ModelSource) -> tuple[dict[str, Tensor] | None, Masks]:
+    """Weights that the model's own loader would not read, if those are meant, and the masks beside weights."""
+    folder = source.folder
+    assert folder is not None
     try:
-        if not any((folder / file).is_file() for file in WEIGHT_FILES):
-            return compact.unpack(folder / COMPACT_FILE)
+        if source.compact:
+            return read_compact_folder(folder / COMPACT_FOLDER)
+        if bitmask.sparsity_format(_read_config(folder), str(folder)) is not None:
+            return bitmask.read(folder)
         return None, read_masks(folder / MASK_FILE) if (folder / MASK_FILE).is_file() else {}
+    except ModelError:
+        raise
     except ValueError as error:
         raise ModelError(str(error)) from error
 

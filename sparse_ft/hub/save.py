@@ -22,13 +22,14 @@ from sparse_ft.nn import SparseModule
 from . import timm_models, transformers_models
 from .bitmap import MASK_FILE, write_masks
 from .card import model_card
-from .compact import COMPACT_FILE
+from .compact import COMPACT_FOLDER
+from .compact_folder import write_compact_folder
 from .errors import ModelError
 from .staging import staged
 
 INFO_FILE = "sparse_ft.json"
 RECIPE_FILE = "recipe.yaml"
-STALE_PATTERNS = (MASK_FILE, COMPACT_FILE, "model.safetensors.index.json", "model-*-of-*.safetensors")
+STALE_PATTERNS = (MASK_FILE, f"{COMPACT_FOLDER}/*", "model.safetensors.index.json", "model-*-of-*.safetensors")
 """Files that an earlier save may have left and that would contradict this one."""
 
 
@@ -42,13 +43,15 @@ def save_pretrained(
     recipe: str | None = None,
     card: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    compact: bool = True,
+    values_dtype: torch.dtype | None = None,
 ) -> None:
     """Save a sparse model so that stock timm or transformers, and `from_pretrained`, load it.
 
     Writes ``model.safetensors`` (dense layout), ``config.json``, ``sparse_ft.json`` (sparsity by layer, versions)
-    and ``README.md`` (model card); the processor's files, ``recipe.yaml`` and ``sparse_masks.safetensors`` (masks
-    that the zeros do not tell) where there is something to write. If the save fails, files that were there are as
-    they were.
+    and ``README.md`` (model card); the processor's files, ``recipe.yaml``, ``sparse_masks.safetensors`` (masks
+    that the zeros do not tell) and ``sparse/`` (the compact form) where there is something to write. If the save
+    fails, files that were there are as they were.
 
     Args:
         model: A timm model, a transformers model, or a timm model in transformers' wrapper, converted or dense; it
@@ -61,9 +64,13 @@ def save_pretrained(
         recipe: Text of the recipe that the model was trained with.
         card: Entries of the model card, see `sparse_ft.hub.card.model_card`.
         extra: Further JSON entries of ``sparse_ft.json``, as ``{"method": ...}``.
+        compact: Write the compact form too, where it is smaller by a quarter at least.
+        values_dtype: float16 or bfloat16 rounds the values of the compact form, which halves it; None keeps them
+            exact. The dense layout is exact either way.
 
     Raises:
-        ModelError: The model is of neither library, or the labels are not as many as its classes.
+        ModelError: The model is of neither library, the labels are not as many as its classes, or its weights do not
+            fit `values_dtype`.
         OSError: The files cannot be written.
     """
     inner: Any = unwrap(model)
@@ -107,6 +114,11 @@ def save_pretrained(
             card=card or {},
         )
         readme.save(stage / "README.md")
+        if compact:
+            try:
+                write_compact_folder(stage, stage / COMPACT_FOLDER, values_dtype=values_dtype)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
         saved = {path.relative_to(stage).as_posix() for path in stage.rglob("*")}
     for pattern in STALE_PATTERNS:
         for path in Path(directory).glob(pattern):

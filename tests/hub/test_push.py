@@ -95,6 +95,7 @@ def test_push_and_stock_load(hub, run_client, upload_mode):
     assert len(lines) == 9 and "hf_" not in "".join(lines[6:])
 
     files = {"README.md", "config.json", "model.safetensors", "sparse_ft.json"}
+    files |= {"sparse/config.json", "sparse/model.safetensors"}
     assert set(hub.files("user/resnet")) == files
     assert set(hub.files("user/bert")) == set(hub.files("user/bert", "tuned")) == files
     assert hub.files("user/bert", "refs/pr/1")["README.md"] == b"# Changed" != hub.files("user/bert")["README.md"]

@@ -10,12 +10,14 @@ import sparse_ft
 IMAGE_SIZE = 64
 
 
-def tiny_resnet(*, num_classes: int = 10, sparsity: float = 0.9) -> nn.Module:
+def tiny_resnet(
+    *, num_classes: int = 10, sparsity: float = 0.9, channels: tuple[int, ...] = (8, 16, 16, 16)
+) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(
         "resnet18",
         layers=(1, 1, 1, 0),
-        channels=(8, 16, 16, 16),
+        channels=channels,
         num_classes=num_classes,
         pretrained_cfg_overlay={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "mean": (0.4, 0.5, 0.6)},
     )

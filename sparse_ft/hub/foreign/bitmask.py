@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_ft.hub.bitmap import check_shape, count_ones, open_safetensors
+from sparse_ft.hub.bitmap import count_ones
 from sparse_ft.hub.errors import ModelError
+from sparse_ft.hub.header import check_shape, open_safetensors
 
 from .files import read_index
 

@@ -1,0 +1,149 @@
+"""The ``sparse`` folder of a checkpoint: its weights once more in compact form, made from the dense ones."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import compact
+from .bitmap import MASK_FILE, read_masks
+from .foreign import read_index
+from .header import open_safetensors
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANT_METHOD = "sparse_ft"  # by which transformers' plug-in is found
+WORTH = 0.75  # a compact form that takes more than this share of the dense one is not written
+_COPIED = ("generation_config.json",)
+
+
+def write_compact_folder(source: Path, target: Path, *, values_dtype: torch.dtype | None = None) -> bool:
+    """Write the compact form of a checkpoint, shard by shard, with the config.json under which transformers opens it.
+
+    A weight is stored sparsely where that is smaller: its mask is where it is not zero, or what
+    ``sparse_masks.safetensors`` says.
+
+    Args:
+        source: Folder with config.json and weights in dense layout.
+        target: Folder to write, which does not exist yet.
+        values_dtype: See `sparse_ft.hub.compact.pack`.
+
+    Returns:
+        False if nothing was written, because too little of the model is zero.
+
+    Raises:
+        ValueError: A file contradicts itself, or `values_dtype` does not fit the weights.
+    """
+    masks = read_masks(source / MASK_FILE) if (source / MASK_FILE).is_file() else {}
+    shards = weight_files(source)
+    if unknown := sorted(set(masks) - {name for names in shards.values() for name in names}):
+        # transformers may store a weight under another name than the model has it under.
+        logger.warning("%s: no compact form, for the mask of %s is of no tensor in the files", source, unknown[0])
+        return False
+    target.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    dense_bytes = compact_bytes = nnz = numel = 0
+    for file_name in shards:
+        with open_safetensors(source / file_name) as file:
+            tensors, metadata, counts = _compressed(file, masks, values_dtype)
+        save_file(tensors, target / file_name, metadata)
+        weight_map |= dict.fromkeys(tensors, file_name)
+        nnz, numel = nnz + counts[0], numel + counts[1]
+        dense_bytes += (source / file_name).stat().st_size
+        compact_bytes += (target / file_name).stat().st_size
+    if compact_bytes > WORTH * dense_bytes:
+        shutil.rmtree(target)
+        return False
+    if list(shards) != [WEIGHTS]:
+        index = {"metadata": {"total_size": compact_bytes}, "weight_map": weight_map}
+        (target / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format": compact.COMPACT_FORMAT,
+        "version": compact.VERSION,
+        "sparsity": round(1 - nnz / max(1, numel), 6),
+    }
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def read_compact_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Dense state dict and masks (those that the zeros do not tell) of a compact form, see `compact.unpack`.
+
+    Raises:
+        ValueError: A file is missing, of another format, or contradicts itself.
+    """
+    state_dict: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    for file_name in weight_files(folder):
+        weights, shard_masks = compact.unpack(folder / file_name)
+        state_dict |= weights
+        masks |= shard_masks
+    return state_dict, masks
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+
+
+def weight_files(folder: Path) -> dict[str, list[str]]:
+    """The safetensors files of a checkpoint folder, each with the names of its tensors.
+
+    Raises:
+        ValueError: The index is no index, or names a file outside the folder or one that is not there.
+    """
+    if (folder / WEIGHTS).is_file():
+        with open_safetensors(folder / WEIGHTS) as file:
+            return {WEIGHTS: list(file.keys())}
+    path = folder / WEIGHTS_INDEX
+    shards: dict[str, list[str]] = {}
+    for name, file_name in read_index(path).items():
+        shards.setdefault(file_name, []).append(name)
+    for file_name in shards:
+        if not (folder / file_name).is_file():
+            raise ValueError(f"{path}: {file_name!r:.80} is missing")
+    return shards
+
+
+def _compressed(
+    file: Any, masks: Mapping[str, Tensor], values_dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, str], tuple[int, int]]:
+    """Compact tensors and metadata of an open file, and how many of the elements of its sparse weights are kept.
+
+    One weight at a time is in memory in dense layout.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    kept = total = 0
+    for name, tensor, mask in _weights(file, masks):
+        if mask is None:
+            tensors[name] = tensor
+            continue
+        narrow = values_dtype if tensor.dtype == torch.float32 else None
+        packed, entries[name] = compact.pack_weight(name, tensor, mask, values_dtype=narrow)
+        tensors |= packed
+        kept, total = kept + len(packed[name]), total + tensor.numel()
+    return tensors, compact.metadata(entries), (kept, total)
+
+
+def _weights(file: Any, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Each tensor of a file, with its mask if it is to be stored sparsely."""
+    for name in file.keys():
+        tensor = file.get_tensor(name)
+        mask = masks.get(name)
+        if mask is None and tensor.dim() >= 2 and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            zeros = tensor.numel() - int(torch.count_nonzero(tensor))
+            if zeros * tensor.element_size() > (tensor.numel() + 7) // 8:  # what its bitmap takes
+                mask = tensor != 0
+        yield name, tensor, mask
