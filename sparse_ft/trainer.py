@@ -1,16 +1,20 @@
 """transformers' Trainer for networks whose weights are mostly zero."""
 
+import copy
 import inspect
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
+from huggingface_hub import HfApi, get_token
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -19,8 +23,15 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    SaveStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
 from transformers.training_args import OptimizerNames
+from transformers.utils.hub import PushInProgress
 
 from sparse_ft.checkpoint import (
     NATIVE_LAYERS,
@@ -36,8 +47,11 @@ from sparse_ft.checkpoint import (
     write_session,
 )
 from sparse_ft.conversion import ConversionReport, convert, to_dense
+from sparse_ft.hub.errors import ModelError, explain_hub_error
 from sparse_ft.hub.load import from_pretrained
-from sparse_ft.hub.save import INFO_FILE, save_pretrained
+from sparse_ft.hub.publish import NOT_UPLOADED, files_to_publish, publish
+from sparse_ft.hub.push import push_to_hub
+from sparse_ft.hub.save import INFO_FILE, STALE_PATTERNS, save_pretrained
 from sparse_ft.hub.timm_models import is_timm_model
 from sparse_ft.interrupt import InterruptRequest, TrainingInterrupted
 from sparse_ft.live import LiveForms, native_layers
@@ -57,6 +71,8 @@ if TYPE_CHECKING:
     from sparse_ft.sparseml_engine import SparsemlRecipe
 
 logger = logging.getLogger(__name__)
+
+_ONLY_TO_RESUME = ("sparse_session.safetensors", TRAINER_STATE_NAME)  # of a checkpoint's files, beside its pickles
 
 
 class SparseTrainer(Trainer):
@@ -662,9 +678,11 @@ class SparseTrainer(Trainer):
             card=self.card | ({"model_id": self.hub_model_id} if self.hub_model_id else {}),
             extra={NATIVE_LAYERS: names_on_disk(model, native_layers(model))},
             compact=folder == self._folder,  # a checkpoint to resume from is read in dense layout
+            recipe=self.recipe.dump() if self.recipe is not None and self.recipe.modifiers else None,
         )
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        self._save_recipe(folder)
+        args = copy.copy(self.args)
+        args.hub_token = None  # a secret, and the folder may be given away
+        torch.save(args, folder / TRAINING_ARGS_NAME)
 
     def _save_recipe(self, folder: Path) -> None:
         if self._engine is not None:
@@ -683,13 +701,91 @@ class SparseTrainer(Trainer):
                 }
         return {}
 
+    # Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # whatever the client and the transport below it raise
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            raise explain_hub_error(error, name, publishing=True) from None
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies a fixed list of files to the folder that is uploaded.
-        for name in (INFO_FILE, RECIPE_FILE, "README.md"):
-            source = Path(checkpoint_folder) / name
-            if source.is_file():
-                shutil.copy(source, self._folder / name)
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Publishes a checkpoint's model in the background, from links that stay when the checkpoint is removed."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if not args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        folder = self._folder / f"_pushing-{Path(checkpoint_folder).name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(checkpoint_folder, folder, copy_function=_link)
+        steps = args.save_strategy == SaveStrategy.STEPS
+        when = f"step {self.state.global_step}" if steps else f"epoch {int(self.state.epoch or 0)}"
+        jobs = [HfApi().run_as_future(self._publish_checkpoint, folder, f"Training in progress, {when}")]
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            jobs += self.push_in_progress.jobs
+        self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type,assignment]  # a list of them
+
+    def _publish_checkpoint(self, folder: Path, message: str) -> None:
+        """What a failed push costs is that push: training goes on, and is told."""
+        args = self.args
+        options: dict[str, Any] = {"revision": args.hub_revision, "commit_message": message}
+        api = HfApi(token=args.hub_token or get_token())
+        model = files_to_publish(folder, (*NOT_UPLOADED, *_ONLY_TO_RESUME))
+        places = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: folder.name[len("_pushing-") :],
+        }
+        try:
+            if place := places.get(HubStrategy(args.hub_strategy)):
+                whole = files_to_publish(folder, (TRAINING_ARGS_NAME,))
+                model |= {f"{place}/{name}": path for name, path in whole.items()}
+            publish(model, api, str(self.hub_model_id), delete=STALE_PATTERNS, **options)
+        except ModelError as error:
+            self.announce(f"training goes on, but its model was not pushed: {error}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def push_to_hub(  # type: ignore[override]  # gives the address
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Saves and pushes `args.output_dir` as `sparse_ft.push_to_hub` does; see `transformers.Trainer.push_to_hub`.
+
+        Returns:
+            Address of the commit; a future of it unless `blocking`.
+
+        Raises:
+            ModelError: the Hub refuses; one line says what to do.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        model_tags = getattr(self.model, "model_tags", None) or []
+        tags = kwargs.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        self.create_model_card(tags=[*tags, *(tag for tag in model_tags if tag not in tags)], **kwargs)
+        self._finish_current_push()
+        push = partial(
+            push_to_hub,
+            self._folder,
+            str(self.hub_model_id),
+            token=token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message or "End of training",
+        )
+        return push() if blocking else HfApi().run_as_future(push)
 
     def create_model_card(
         self,
@@ -718,6 +814,14 @@ class SparseTrainer(Trainer):
         }
         self.card |= {name: value for name, value in given.items() if value}
         self._save()
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name where the disk can do that, otherwise a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 class _EvaluationStopped(Exception):

@@ -18,11 +18,14 @@ def one_line(error: Exception) -> str:
     return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
-def explain_hub_error(error: Exception, repo_id: str, *, revision: str | None = None) -> ModelError:
+def explain_hub_error(
+    error: Exception, repo_id: str, *, revision: str | None = None, publishing: bool = False
+) -> ModelError:
     """The `ModelError` that says in one line what a call to the Hub about `repo_id` failed of.
 
-    No token appears in it.
+    No token appears in it. With `publishing` it was to change the repository, which it has not.
     """
+    outcome = "; nothing was published" if publishing else ""
     where = f"{repo_id!r} on {constants.ENDPOINT}"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     match error:
@@ -40,16 +43,23 @@ def explain_hub_error(error: Exception, repo_id: str, *, revision: str | None = 
             offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
             text = f"{where} is not in the local cache and the Hub cannot be reached{offline}"
         case errors.EntryNotFoundError():
-            text = f"{where} lacks a file that is needed: {_first_line(error)}"
+            text = f"{where} lacks a file that is needed: {summary(error)}"
         case errors.HfHubHTTPError() if status == 401:
             text = f"the Hub does not accept the token for {where}: {LOGIN_HINT}"
         case errors.HfHubHTTPError() if status == 403:
             text = f"the token may not write to {where}: make one with the write permission"
+        case errors.HfHubHTTPError() if status in (409, 412):
+            text = f"somebody else keeps committing to {where}{outcome}; try again"
+        case errors.HfHubHTTPError() if status == 429:
+            text = f"the Hub asks for fewer requests (429) about {where}{outcome}; try again in some minutes"
+        case errors.HfHubHTTPError() if status is not None and status >= 500:
+            text = f"the Hub has trouble of its own ({status}) with {where}{outcome}; try again later"
         case _:
-            text = f"the Hub call about {where} failed: {_first_line(error)}"
+            text = f"the Hub call about {where} failed{outcome}: {summary(error)}"
     return ModelError(text)
 
 
-def _first_line(error: Exception) -> str:
+def summary(error: Exception) -> str:
+    """The first line of an error's message, without any token in it."""
     text = str(error).strip()
     return _TOKEN.sub("<token>", text.splitlines()[0]) if text else type(error).__name__

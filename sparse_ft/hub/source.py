@@ -16,6 +16,7 @@ from .compact import COMPACT_FILE, COMPACT_FOLDER
 from .compact_folder import WEIGHTS, WEIGHTS_INDEX, has_weights
 from .errors import ModelError, explain_hub_error
 from .foreign import CHECKPOINT_SUFFIXES
+from .retry import retrying
 
 Form = Literal["auto", "dense", "compact"]
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX)
@@ -173,8 +174,10 @@ def _download(name: str, revision: str | None, token: str | None, form: Form | N
 
     def snapshot(files: list[str], revision: str | None) -> Path:
         return Path(
-            snapshot_download(
-                repo_id, revision=revision, token=token, allow_patterns=files, ignore_patterns=_HUB_IGNORED
+            retrying(
+                lambda: snapshot_download(
+                    repo_id, revision=revision, token=token, allow_patterns=files, ignore_patterns=_HUB_IGNORED
+                )
             )
         )
 

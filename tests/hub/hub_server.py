@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,6 +53,30 @@ class Blob:
 
 
 @dataclass
+class Fault:
+    """Something that goes wrong with the next `times` requests that match.
+
+    Attributes:
+        method, path: Of the requests; `path` is a regular expression that is searched in theirs.
+        status: Answer with this status and no more.
+        headers: Of that answer.
+        reset: Close the connection without an answer, after the request has been read and, with `after`, carried out.
+        truncate: Close the connection after half of the answer's body.
+        first: Called before the request is carried out.
+    """
+
+    method: str
+    path: str
+    times: int = 1
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    reset: bool = False
+    after: bool = False
+    truncate: bool = False
+    first: Callable[[], object] | None = None
+
+
+@dataclass
 class Repository:
     private: bool
     refs: dict[str, str] = field(default_factory=dict)  # branch or refs/pr/N -> commit id
@@ -81,6 +105,8 @@ class HubServer:
     Attributes:
         upload_mode: ``"regular"`` (every file travels in the commit) or ``"lfs"`` (weights go through LFS).
         requests: (method, path) of every request seen, in order.
+        faults: What is to go wrong.
+        sent: Bytes of bodies sent.
     """
 
     def __init__(self) -> None:
@@ -88,6 +114,8 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
+        self.sent = 0
         self.lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
@@ -131,7 +159,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         body = self._read_body()  # always, or a kept connection would take the rest for the next request
         self.hub.requests.append((self.command, url.path))
+        self.fault = self._next_fault(url.path)
+        if self.fault.reset and not self.fault.after:
+            self.close_connection = True
+            return
+        if self.fault.first is not None:
+            self.fault.first()
         try:
+            if self.fault.status:
+                code = "RepoNotFound" if self.fault.status == 404 else None
+                raise HubError(
+                    self.fault.status, code, f"failed on purpose, asked with {self.headers['Authorization']}"
+                )
             for method, pattern, action in _ROUTES:
                 match = re.fullmatch(pattern, url.path)
                 if method == self.command and match:
@@ -141,9 +180,18 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(404, None, f"no such endpoint: {url.path}")
         except HubError as error:
             headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
+            headers |= self.fault.headers
             self._answer({"error": error.message}, status=error.status, headers=headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
+
+    def _next_fault(self, path: str) -> Fault:
+        with self.hub.lock:
+            for fault in self.hub.faults:
+                if fault.times and fault.method == self.command and re.search(fault.path, path):
+                    fault.times -= 1
+                    return fault
+        return Fault("", "")
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
@@ -158,6 +206,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, content: object, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
         if not isinstance(content, bytes):
             content, headers = json.dumps(content).encode(), {"Content-Type": "application/json"} | (headers or {})
+        if self.fault.after:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -165,6 +216,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
+            if self.fault.truncate:
+                content, self.close_connection = content[: len(content) // 2], True
+            self.hub.sent += len(content)
             self.wfile.write(content)
 
     # Access
@@ -248,6 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
             operation = json.loads(line)
             value = operation["value"]
             match operation["key"]:
+                case "header" if value.get("parentCommit") not in (None, repository.resolve(revision)):
+                    raise HubError(412, None, "A commit has happened since. Please refresh and try again.")
                 case "file":
                     files[value["path"]] = Blob(base64.b64decode(value["content"]))
                 case "lfsFile":
