@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn import SparseConv2d, SparseModule, follow_layout
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, active_isa
+from sparse_ft.ops.gradients import to_layout
 from sparse_ft.steps import inference_step, to_channels_last, training_step
 
 _LAYER_BUDGET_S, _STEP_BUDGET_S = 0.4, 6.0  # for the repetitions, unless the verdict is clear before
@@ -133,7 +134,7 @@ def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False, 
     step = _training if trained else _inference
     x = torch.randn(shape, dtype=torch.float32)
     if isinstance(layer, SparseConv2d):
-        as_layout = torch.ops.sparse_ft.to_layout
+        as_layout = to_layout
         batch_last = as_layout(x, BATCH_LAST) if x.dim() == 4 else x
         run = step(sparse, batch_last)
         if inside:

@@ -1,10 +1,10 @@
 """Sparse 2-D convolution."""
 
-import torch
 from torch import Tensor, nn
 
 from sparse_ft.nn.module import SparseModule
 from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
+from sparse_ft.ops.gradients import conv2d, to_layout
 
 
 def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -75,8 +75,8 @@ class SparseConv2d(SparseModule):
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if not is_batch_last(x):
-            x = torch.ops.sparse_ft.to_layout(x, BATCH_LAST)
-        return torch.ops.sparse_ft.conv2d(
+            x = to_layout(x, BATCH_LAST)
+        return conv2d(
             x, self.weight, self.bias, self.pattern.tensors, self.pattern.weight_shape, self.stride, self._padding,
             self.dilation, self.groups,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from sparse_ft.ops import Activation, batch_last_strides
+from sparse_ft.ops.gradients import batch_norm, batch_norm_backward
 
 
 def _getter(name: str) -> Callable[[Tensor], Any]:
@@ -62,7 +63,7 @@ class PendingNorm:
                 "a batch norm's input, parameters or the tensor added to its output were modified in place before "
                 "the result was used; copy (.clone()) what is modified, or use the dense model (sparse_ft.to_dense)"
             )
-        return torch.ops.sparse_ft.batch_norm.default(
+        return batch_norm(
             self.x, self.weight, self.bias, self.mean, self.variance, self.eps, self.residual, activation,
             self.training,
         )[0]  # fmt: skip
@@ -88,7 +89,7 @@ class _Defer(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if not any(needs[:3]):
             return None, None, None, grad, None
-        grads = torch.ops.sparse_ft.batch_norm_backward.default(
+        grads = batch_norm_backward(
             grad, x, weight, None, mean, torch.rsqrt(variance + ctx.eps), None, None, Activation.IDENTITY, ctx.training
         )
         grads = [grad if wanted else None for grad, wanted in zip(grads[:3], needs, strict=False)]

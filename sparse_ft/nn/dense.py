@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, is_batch_last, native_reason
+from sparse_ft.ops.gradients import to_layout
 
 
 @adapts("torch.nn", "Conv2d")
@@ -24,8 +25,8 @@ class LayoutConv(nn.Module):
         if x.dim() != 4 or native_reason(x, self.weight) is not None:
             return super().forward(x)
         if is_batch_last(x) and not x.is_contiguous():
-            x = torch.ops.sparse_ft.to_layout(x, CHANNELS_LAST)
+            x = to_layout(x, CHANNELS_LAST)
         y = super().forward(x.contiguous(memory_format=torch.channels_last))
         if native_reason(y) is not None or is_batch_last(y):
             return y
-        return torch.ops.sparse_ft.to_layout(y, BATCH_LAST)
+        return to_layout(y, BATCH_LAST)

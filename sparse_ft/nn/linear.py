@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn.module import SparseModule
 from sparse_ft.ops import SparsePattern
+from sparse_ft.ops.gradients import linear
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -64,9 +65,7 @@ class SparseLinear(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self._before_forward(x)
-        return torch.ops.sparse_ft.linear(
-            x, self.weight, self.bias, self.pattern.tensors, self.in_features, self.out_features
-        )
+        return linear(x, self.weight, self.bias, self.pattern.tensors, self.in_features, self.out_features)
 
     def extra_repr(self) -> str:
         return (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_ft.nn.deferred import PendingNorm
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import Activation, is_batch_last, native_reason
+from sparse_ft.ops.gradients import batch_norm, batch_norm_statistics
 
 
 def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -35,12 +36,12 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -
     if activation is None and _can_wait(x):
         if training:
             with torch.no_grad():
-                mean, variance = torch.ops.sparse_ft.batch_norm_statistics(x)
+                mean, variance = batch_norm_statistics(x)
             # Before anything is saved for backward, where checkpointing may break off its second forward.
             _update_statistics(norm, x, mean, variance)
         assert mean is not None and variance is not None
         return PendingNorm(x, norm.weight, norm.bias, mean, variance, norm.eps, training).defer()
-    y, mean, _, variance = torch.ops.sparse_ft.batch_norm(
+    y, mean, _, variance = batch_norm(
         x, norm.weight, norm.bias, mean, variance, norm.eps, None, activation or Activation.IDENTITY, training
     )
     _update_statistics(norm, x, mean, variance)

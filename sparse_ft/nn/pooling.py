@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import is_batch_last, native_reason
+from sparse_ft.ops.gradients import avg_pool2d, max_pool2d
 
 _LEAST_BATCH = 4  # lanes are samples: with fewer of them torch's own is faster, copies and all
 _MOST_TAPS = 255
@@ -96,7 +97,7 @@ class LayoutMaxPool(nn.MaxPool2d):
                 tuple(x.shape[2:]), _pair(self.kernel_size), _pair(self.stride), _pair(self.padding),
                 _pair(self.dilation), self.ceil_mode,
             )  # fmt: skip
-        return super().forward(x) if windows is None else torch.ops.sparse_ft.max_pool2d(x, *windows)[0]
+        return super().forward(x) if windows is None else max_pool2d(x, *windows)[0]
 
 
 @adapts("torch.nn", "AvgPool2d")
@@ -110,7 +111,7 @@ class LayoutAvgPool(nn.AvgPool2d):
                 tuple(x.shape[2:]), _pair(self.kernel_size), _pair(self.stride), _pair(self.padding), self.ceil_mode,
                 self.count_include_pad, self.divisor_override,
             )  # fmt: skip
-        return super().forward(x) if windows is None else torch.ops.sparse_ft.avg_pool2d(x, *windows)
+        return super().forward(x) if windows is None else avg_pool2d(x, *windows)
 
 
 @adapts("torch.nn", "AdaptiveAvgPool2d")
@@ -122,4 +123,4 @@ class LayoutAdaptiveAvgPool(nn.AdaptiveAvgPool2d):
         if not _keeps_layout(x) or wanted is None or min(1 if size is None else size for size in wanted) < 1:
             return super().forward(x)
         output = tuple(have if want is None else want for have, want in zip(x.shape[2:], wanted, strict=True))
-        return torch.ops.sparse_ft.avg_pool2d(x, *_adaptive_windows(tuple(x.shape[2:]), output))
+        return avg_pool2d(x, *_adaptive_windows(tuple(x.shape[2:]), output))

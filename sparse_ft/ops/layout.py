@@ -16,13 +16,12 @@ def batch_last_strides(shape) -> tuple[int, int, int, int]:
     return (1, h * w * n, w * n, n)
 
 
-def _has_strides(x: Tensor, strides) -> bool:
-    # A dimension of size one has no meaningful stride.
-    return all(size == 1 or have == want for size, have, want in zip(x.shape, x.stride(), strides, strict=True))
-
-
 def is_batch_last(x: Tensor) -> bool:
-    return x.dim() == 4 and _has_strides(x, batch_last_strides(x.shape))
+    if x.dim() != 4:
+        return False
+    have, want = x.stride(), batch_last_strides(x.shape)
+    # A dimension of size one has no meaningful stride.
+    return have == want or all(size == 1 or h == w for size, h, w in zip(x.shape, have, want, strict=True))
 
 
 def layout_of(x: Tensor) -> int:

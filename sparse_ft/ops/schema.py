@@ -17,10 +17,12 @@
 Source of the three products: SparseProp (Nikdan et al., ICML 2023, arXiv 2302.04852).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from sparse_ft.ops import gradients, native, reference
+from sparse_ft.ops import calls, native, reference
 from sparse_ft.ops.checks import (
     check_activation,
     check_channels,
@@ -290,7 +292,7 @@ def _to_layout(x, layout):
     return native.to_layout(x, layout)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable] = {
     "linear": _linear,
     "linear_input_grad": _linear_input_grad,
     "linear_weight_grad": _linear_weight_grad,
@@ -398,6 +400,10 @@ def _(grad, rows, row_ends, row_scale, columns, column_ends, column_scale, input
 def _(x, layout):
     return empty(x.shape, layout, x)
 
+
+calls.provide(_IMPLEMENTATIONS)
+
+from sparse_ft.ops import gradients  # noqa: E402  its functions are of operators that are defined
 
 gradients.register(
     _library, [name for name in _IMPLEMENTATIONS if name.endswith(("_grad", "_backward", "_statistics"))]
