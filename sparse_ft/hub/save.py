@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification, TimmWrapperImageProcessor
 
@@ -25,6 +25,7 @@ from .card import model_card
 from .compact import COMPACT_FOLDER
 from .compact_folder import write_compact_folder
 from .errors import ModelError
+from .shards import MAX_SHARD_SIZE, WEIGHTS, size_in_bytes, stored_tensors, write_weights
 from .staging import staged
 
 INFO_FILE = "sparse_ft.json"
@@ -45,6 +46,7 @@ def save_pretrained(
     extra: Mapping[str, Any] | None = None,
     compact: bool = True,
     values_dtype: torch.dtype | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
     """Save a sparse model so that stock timm or transformers, and `from_pretrained`, load it.
 
@@ -67,6 +69,7 @@ def save_pretrained(
         compact: Write the compact form too, where it is smaller by a quarter at least.
         values_dtype: float16 or bfloat16 rounds the values of the compact form, which halves it; None keeps them
             exact. The dense layout is exact either way.
+        max_shard_size: Of one file of weights; a larger transformers model is split (timm reads no shards).
 
     Raises:
         ModelError: The model is of neither library, the labels are not as many as its classes, or its weights do not
@@ -94,7 +97,7 @@ def save_pretrained(
         if pretrained_cfg is not None:
             model_class = _save_timm(inner, stage, pretrained_cfg, processor, label_names)
         else:
-            model_class = _save_transformers(inner, stage, label_names)
+            model_class = _save_transformers(inner, stage, label_names, max_shard_size)
         if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
             processor.save_pretrained(stage)
         masks = _masks_with_zeros(inner)
@@ -136,13 +139,12 @@ def _save_timm(
         pretrained_cfg = {**pretrained_cfg, **processor.data_config}
     config = timm_models.config_dict(model, pretrained_cfg)
     (stage / "config.json").write_text(json_text(config), encoding="utf-8")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, stage / "model.safetensors", {"format": "pt"})
+    write_weights(stage, stored_tensors(model))
     return config["architecture"]
 
 
-def _save_transformers(model: Any, stage: Path, label_names: Sequence[str] | None) -> str:
-    model.save_pretrained(stage)
+def _save_transformers(model: Any, stage: Path, label_names: Sequence[str] | None, max_shard_size: str | int) -> str:
+    _write_as_transformers(model, stage, max_shard_size)
     if label_names is not None:
         _check_labels(label_names, model.config.num_labels)
         path = stage / "config.json"
@@ -151,6 +153,29 @@ def _save_transformers(model: Any, stage: Path, label_names: Sequence[str] | Non
         config["label2id"] = {name: index for index, name in enumerate(label_names)}
         path.write_text(json_text(config), encoding="utf-8")
     return type(model).__name__
+
+
+def _write_as_transformers(model: Any, stage: Path, max_shard_size: str | int) -> None:
+    """Write what `model.save_pretrained` writes, under the same names, without a dense copy of the model.
+
+    transformers stores some weights under other names than the model has them under. It is given numbers in place of
+    the tensors, and the names that these come back under are those of the files.
+    """
+    stored = stored_tensors(model)
+    numbers: dict[int, Tensor] = {}
+    tokens = [numbers.setdefault(id(entry), torch.tensor([index])) for index, entry in enumerate(stored.values())]
+    entries = list(stored.values())
+    try:
+        model.save_pretrained(stage, state_dict=dict(zip(stored, tokens, strict=True)))
+        named = load_file(stage / WEIGHTS)
+    except (RuntimeError, ValueError, IndexError, TypeError):  # of operations on weights that are no numbers
+        named = {}
+    (stage / WEIGHTS).unlink(missing_ok=True)
+    if sorted(int(number) for number in named.values() if number.shape == (1,)) != sorted(map(int, numbers.values())):
+        # It joins or splits weights, which can only be done with the weights.
+        model.save_pretrained(stage, max_shard_size=max_shard_size)
+        return
+    write_weights(stage, {name: entries[int(number)] for name, number in named.items()}, size_in_bytes(max_shard_size))
 
 
 def _check_labels(label_names: Sequence[str], classes: int) -> None:

@@ -1,6 +1,9 @@
 """What SparseLinear and SparseConv2d share: values under a pattern, and a dense face to the outside."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import cast
 
 import torch
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 from sparse_ft.ops import SparsePattern, native_reason
 
 logger = logging.getLogger(__name__)
+
+_values_alone: ContextVar[bool] = ContextVar("values_alone", default=False)
 
 
 class SparseModule(nn.Module):
@@ -106,7 +111,19 @@ class SparseModule(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self._give()
+        if not _values_alone.get():
+            destination[prefix + "weight"] = self._give()
+
+    @staticmethod
+    @contextmanager
+    def values_in_state_dict() -> Iterator[None]:
+        """While the block runs, state dicts hold the values (nnz, 1) under the dense keys: for who asks each layer
+        for its `dense_weight` in turn."""
+        token = _values_alone.set(True)
+        try:
+            yield
+        finally:
+            _values_alone.reset(token)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = prefix + "weight"
