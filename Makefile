@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-sanitize bench check format clean
+.PHONY: quickstart test test-slow test-sanitize fuzz bench check format clean
 
 quickstart: $(VENV)/.installed  ## fine-tune the bundled sparse ResNet-20 on handwritten digits
 	$(BIN)/sparse-ft finetune --model resnet20-cifar10 --dataset digits --batch-size 64 --epochs 6 --output-dir out/quickstart --overwrite
@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed  ## fine-tune the bundled sparse ResNet-20 on han
 test: $(VENV)/.installed  ## every fast test
 	$(BIN)/pytest -m "not slow"
 
-test-slow: $(VENV)/.installed  ## the rest: minutes each
+test-slow: $(VENV)/.installed fuzz  ## the rest: minutes each
 	$(BIN)/pytest -m slow
 
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
@@ -21,6 +21,14 @@ test-sanitize: $(VENV)/.sanitize  ## the native core's tests under AddressSaniti
 	$(BIN)/cmake --build build/sanitize --parallel
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests \
 		$(BIN)/python -m pytest -p sanitized_core -m "not slow" tests/ops tests/nn
+
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= $(shell date +%s)
+fuzz: $(VENV)/.sanitize  ## the native core fuzzed under both sanitizers (GCC): make fuzz FUZZ_SECONDS=60
+	$(BIN)/cmake -C csrc/sanitize.cmake -DSPARSE_FT_FUZZ=ON -S csrc -B build/fuzz -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/fuzz --target fuzz --parallel
+	build/fuzz/fuzz $(FUZZ_SECONDS) build/fuzz/crash $(FUZZ_SEED)
 
 bench: $(VENV)/.bench  ## every figure of docs/benchmarks.md: an hour and more, on a machine that does nothing else
 	$(BIN)/python scripts/bench.py --json out/bench.json --page docs/benchmarks.md

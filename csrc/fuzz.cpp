@@ -6,11 +6,11 @@
 // Generated code is not instrumented: its buffers lie against pages that cannot be touched.
 //
 // The driver below is a small coverage-guided mutator for GCC (-fsanitize-coverage=trace-pc).
+#include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -426,14 +426,12 @@ uint8_t reached[kPlaces];
 std::vector<uint8_t> current;
 std::string crash_file;
 
-void save_current(int signal) {
+void save_current() {
     if (FILE* file = std::fopen(crash_file.c_str(), "wb")) {
         std::fwrite(current.data(), 1, current.size(), file);
         std::fclose(file);
         std::fprintf(stderr, "fuzz: the input is in %s\n", crash_file.c_str());
     }
-    std::signal(signal, SIG_DFL);
-    std::raise(signal);
 }
 
 void mutate(std::vector<uint8_t>& bytes, const std::vector<std::vector<uint8_t>>& corpus, std::mt19937& random) {
@@ -468,6 +466,9 @@ void mutate(std::vector<uint8_t>& bytes, const std::vector<std::vector<uint8_t>>
 
 }  // namespace
 
+extern "C" const char* __asan_default_options() { return "handle_abort=1:handle_sigfpe=1:detect_leaks=0"; }
+extern "C" const char* __ubsan_default_options() { return "print_stacktrace=1"; }
+
 extern "C" __attribute__((no_sanitize("address", "undefined"), no_sanitize_coverage)) void __sanitizer_cov_trace_pc() {
     const auto place = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
     reached[(place >> 1 ^ place >> 17) % kPlaces] = 1;
@@ -486,7 +487,7 @@ int main(int argc, char** argv) {
     const double seconds = std::atof(argv[1]);
     crash_file = argv[2];
     std::mt19937 random(argc == 4 ? uint32_t(std::atol(argv[3])) : 0);
-    for (int signal : {SIGABRT, SIGSEGV, SIGILL, SIGFPE, SIGBUS}) std::signal(signal, save_current);
+    __sanitizer_set_death_callback(save_current);
     std::vector<std::vector<uint8_t>> corpus{{}};
     std::vector<uint8_t> seen(kPlaces);
     size_t places = 0;

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -165,15 +165,15 @@ def convert(
                 _choose_faster(candidates, shapes, cache, trained=trained)
                 report.step, report.note = _check_whole(model, candidates, example_inputs, cache, trained=trained)
                 cache.save()
-    _install(model, {name: entry.sparse() for name, entry in candidates.entries.items() if entry.converted})
     report.layers = [entry.result() for entry in candidates.entries.values()]
+    _install(model, candidates.taken_out())
     logger.info("%d of %d layers run sparse", len(report.converted), len(report.layers))
     return report
 
 
-def _install(model: nn.Module, layers: Mapping[str, SparseModule]) -> None:
+def _install(model: nn.Module, layers: Iterable[tuple[str, SparseModule]]) -> None:
     """Puts sparse layers into the places of the dense ones, and lets their neighbours follow their layout."""
-    for name, sparse in layers.items():
+    for name, sparse in layers:
         dense = model.get_submodule(name)
         _move_hooks(dense, sparse)
         _replace(model, dense, sparse)
@@ -268,6 +268,16 @@ class _Candidates:
             self.eligible = {
                 name: entry for name, entry in self.entries.items() if name in joining or name in self.eligible
             }
+
+    def taken_out(self) -> Iterator[tuple[str, SparseModule]]:
+        """The layers that are converted, each made when its turn comes; nothing here holds the dense ones then, so
+        that a large model is not in memory in both forms."""
+        self.eligible.clear()
+        while self.entries:
+            name, entry = next(iter(self.entries.items()))
+            del self.entries[name]
+            if entry.converted:
+                yield name, entry.sparse()
 
     @staticmethod
     def _obstacle(entry: _Entry, shared: dict[int, list[str]], readers: dict[str, str]) -> str:
@@ -437,7 +447,7 @@ def _check_whole(
 
 def _time_whole(model: nn.Module, entries: list[_Entry], batch: Any) -> Timing:
     dense, sparse = copy.deepcopy(model), copy.deepcopy(model)
-    _install(sparse, {entry.name: copy.deepcopy(entry.sparse()) for entry in entries})
+    _install(sparse, ((entry.name, copy.deepcopy(entry.sparse())) for entry in entries))
     return time_step(dense, sparse, batch)
 
 
