@@ -9,6 +9,7 @@
 #include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -132,7 +133,7 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
     Convolution c{};
     c.groups = in.number(1, 4);
     c.weight = {in.number(0, 24), in.number(0, 20), in.number(1, 4), in.number(1, 4)};
-    if (in.byte() % 2) c.weight[0] = std::min<int64_t>(c.weight[0], 64) * std::min<int64_t>(c.groups, 8);
+    if (in.byte() % 2) c.weight[0] = std::clamp<int64_t>(c.weight[0], -1, 64) * std::clamp<int64_t>(c.groups, -1, 8);
     if (in.byte() % 4 == 0) c.groups = c.weight[0], c.weight[1] = 1;  // depthwise
     if (in.byte() % 4 == 0) c.weight[2] = c.weight[3] = 1;
     for (int i = 0; i < 2; ++i) {

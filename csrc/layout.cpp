@@ -96,7 +96,9 @@ class Transposition {
 
 }  // namespace
 
-void transpose_batches(const Transpose& transpose) { Transposition(transpose).run(); }
+void transpose_batches(const Transpose& q) {
+    if (q.batch_outer * q.batch_inner * q.rows * q.cols > 0) Transposition(q).run();
+}
 
 }  // namespace SPARSE_FT_ISA
 }  // namespace sparse_ft

@@ -26,7 +26,9 @@ def run_client(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
     has its own download cache.
     """
 
-    def run(code: str, *, token: str | None = "write", home: str = "home", **environment: str) -> str:
+    def run(
+        code: str, *, token: str | None = "write", home: str = "home", timeout: float = 120, **environment: str
+    ) -> str:
         tokens = {} if token == "write" else {"token": token}
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PACKAGE_PARENT}
@@ -36,7 +38,7 @@ def run_client(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=timeout,
             check=False,
         )
         assert result.returncode == 0, result.stdout + result.stderr
