@@ -3,6 +3,9 @@
 from typing import Any
 
 
+_LONGEST = 800  # characters; what a recipe holds is quoted in its errors
+
+
 class RecipeError(ValueError):
     """A recipe cannot be read or run.
 
@@ -26,7 +29,8 @@ class RecipeError(ValueError):
     ):
         where = recipe if line is None else f"{recipe}, line {line}"
         what = ".".join(part for part in (modifier, field) if part)
-        super().__init__(": ".join(part for part in (where, what, problem) if part))
+        text = ": ".join(part for part in (where, what, problem) if part)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
         self.problem = problem
         self.recipe = recipe
         self.line = line
