@@ -23,9 +23,9 @@ from . import timm_models, transformers_models
 from .bitmap import MASK_FILE, write_masks
 from .card import model_card
 from .compact import COMPACT_FOLDER
-from .compact_folder import write_compact_folder
+from .compact_folder import WEIGHTS, write_compact_folder
 from .errors import ModelError
-from .shards import MAX_SHARD_SIZE, WEIGHTS, size_in_bytes, stored_tensors, write_weights
+from .shards import MAX_SHARD_SIZE, size_in_bytes, stored_tensors, write_weights
 from .staging import staged
 
 INFO_FILE = "sparse_ft.json"

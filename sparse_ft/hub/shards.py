@@ -13,9 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_ft.nn import SparseModule
 
+from .compact_folder import WEIGHTS, WEIGHTS_INDEX
 from .errors import ModelError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
 _SHOW_PROGRESS = 2**28  # bytes; less is written in a moment
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -95,7 +95,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Stored], max_shard_size: i
             write_file(folder / file, {name: tensors[name] for name in names}, progress.update)
             places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_file(
@@ -126,7 +126,7 @@ def write_file(
             data = tensors[name].get().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             if len(data) != tensors[name].bytes:
                 raise ModelError(f"{name} changed while it was written")
-            file.write(memoryview(data.numpy()))
+            file.write(data.numpy().data)
             progress(len(data))
 
 

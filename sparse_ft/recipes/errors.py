@@ -2,7 +2,6 @@
 
 from typing import Any
 
-
 _LONGEST = 800  # characters; what a recipe holds is quoted in its errors
 
 
