@@ -1,0 +1,329 @@
+#!/usr/bin/env python
+"""Runs recipes on real data, each in a process of its own: accuracy, sparsity, time and memory.
+
+    python scripts/measure_recipes.py --study gmp90 --output out/recipes [--runs gmp dense] [--epochs 30] [--threads 1]
+
+gmp90    ResNet-20 for CIFAR-10 from pretrained weights: gradual pruning to 90 % against dense training as long
+methods  the same network under every method, on half of the images and for few epochs
+sst2     MiniLM-L6 on SST-2: gradual magnitude and second-order pruning against dense fine-tuning
+
+All runs of a study start from the same pretrained weights and see the same batches. Each leaves RUN.json in
+OUTPUT/STUDY, with a point for every evaluation, as soon as it has that; `results.md` and `results.png` gather what is
+there. A run that is finished is not repeated.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from real_data import CifarResNet, load_minilm, machine, markdown_table, write_json
+from torch import Tensor
+from train_bundled_resnet20 import Split, augment, load_splits, normalise
+from transformers import TrainerCallback
+
+from sparse_ft import Recipe, SparseTrainer, SparseTrainingArguments
+from sparse_ft.atomic import replacing
+from sparse_ft.data import load_data, prepare
+from sparse_ft.masks import sparsity
+from sparse_ft.nn import SparseModule
+
+POINTS = 3  # evaluations of a run
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, its data, and the recipes to run on it.
+
+    Attributes:
+        load: (data folder, seed) -> what SparseTrainer takes.
+        runs: recipe file and its arguments by the name of the run; no file trains dense.
+        teacher: for recipes that distil.
+        optimizer: class and its arguments, the learning rate among them for runs that do not set it.
+    """
+
+    load: Callable[[Path, int], dict[str, Any]]
+    epochs: int
+    batch_size: int
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]]
+    runs: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    teacher: str = "self"
+
+
+def load_cifar(data: Path, seed: int, *, images: int | None = None) -> dict[str, Any]:
+    model = CifarResNet(20, 10)
+    saved = torch.load(data / "checkpoints/resnet20-12fca82f.th", weights_only=True, map_location="cpu")
+    model.load_state_dict({name.removeprefix("module."): value for name, value in saved["state_dict"].items()})
+    splits, _ = load_splits(str(data / "cifar10"))
+    train_images, train_labels = splits["train"]
+    return {
+        "model": model,
+        "train_dataset": Pairs((train_images[:images], train_labels[:images]), distort=True),
+        "eval_dataset": Pairs(splits["test"], distort=False),
+        "data_collator": collate,
+        "compute_metrics": accuracy,
+    }
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Images as bytes, their labels, and whether the images are to be distorted."""
+
+    def __init__(self, split: Split, *, distort: bool):
+        self.images, self.labels = split
+        self.distort = distort
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, bool]:
+        return self.images[i], self.labels[i], self.distort
+
+
+def collate(examples: list[tuple[Tensor, Tensor, bool]]) -> dict[str, Tensor]:
+    """A batch; in training, images are cropped out of a zero border and mirrored at random."""
+    images = torch.stack([image for image, _, _ in examples])
+    if examples[0][2]:
+        images = augment(images)
+    return {"pixel_values": normalise(images), "labels": torch.stack([label for _, label, _ in examples])}
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def load_sst2(data: Path, seed: int) -> dict[str, Any]:
+    sst2 = load_data(str(data / "glue_sst2"), seed=seed, max_train_samples=1000)
+    model, tokenizer = load_minilm(data, sst2)
+    prepared = prepare(sst2, model, tokenizer, max_length=64, seed=seed)
+    return {
+        "model": model,
+        "train_dataset": prepared.train,
+        "eval_dataset": prepared.eval,
+        "data_collator": prepared.collator,
+        "compute_metrics": prepared.compute_metrics,
+        "preprocess_logits_for_metrics": prepared.preprocess_logits,
+    }
+
+
+MOMENTUM = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+CIFAR = {"dense": ["conv1", "linear"], "lr": 0.02}
+SST2 = {"sparsity": 0.8, "lr": 2e-4}
+
+STUDIES = {
+    "gmp90": Study(
+        load_cifar, 24, 64, (torch.optim.SGD, {"lr": 0.03, **MOMENTUM}),
+        {"GMP": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"]}), "dense": ("", {})},
+    ),
+    "methods": Study(
+        partial(load_cifar, images=3750), 6, 64, (torch.optim.SGD, {"lr": 0.02, **MOMENTUM}),
+        {
+            "dense": ("", {}),
+            "frozen mask": ("one_shot.yaml", CIFAR),
+            "GMP": ("gmp.yaml", {**CIFAR, "scope": "global"}),
+            "AC/DC": ("acdc.yaml", {**CIFAR, "phase": 1}),
+            "RigL": ("rigl.yaml", CIFAR),
+            "SWAT": ("swat.yaml", {"lr": 0.02, "sparsity": 0.9}),
+            "FBPS": ("fbps.yaml", {"lr": 0.02, "sparsity": 0.68}),  # of channels: about 0.9 of the weights
+        },
+    ),
+    "sst2": Study(
+        load_sst2, 3, 32, (torch.optim.AdamW, {"lr": 2e-4, "weight_decay": 0.01}),
+        {
+            "dense": ("", {}),
+            "GMP": ("gmp.yaml", {**SST2, "dense": ["re:.*embeddings", "re:.*pooler", "classifier"]}),
+            "oBERT": ("obert.yaml", {**SST2, "num_grads": 32}),
+        },
+        teacher="disable",  # the model at the beginning knows nothing of the task
+    ),
+}  # fmt: skip
+
+
+class Points(TrainerCallback):
+    """Notes accuracy, sparsity and the time spent on training at each evaluation."""
+
+    def __init__(self, result: dict[str, Any], path: Path):
+        self.result, self.path = result, path
+        self.trainer: SparseTrainer
+        self.spent, self.cpu = 0.0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self.since, self.cpu_since = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Evaluation comes after the step's end: its time is between this and the next beginning.
+        self.spent += time.perf_counter() - self.since
+        self.cpu += time.process_time() - self.cpu_since
+        self._go_on()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        native = sum(isinstance(module, SparseModule) for module in self.trainer.model.modules())
+        point = {
+            "epoch": round(float(state.epoch or 0), 3),
+            "accuracy": metrics["eval_accuracy"],
+            "loss": metrics["eval_loss"],
+            "sparsity": share_of_zeros(self.trainer.model),
+            "native": native,
+            "seconds": round(self.spent, 1),
+            "cpu_seconds": round(self.cpu, 1),
+            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+        self.result["points"].append(point)
+        write_json(self.path, self.result)
+        print(json.dumps(point), flush=True)
+        self._go_on()
+
+
+def share_of_zeros(model: torch.nn.Module) -> float:
+    """Over the layers that pruning usually takes: neither stem nor head nor embeddings."""
+    layers = [layer for layer in sparsity(model).layers if not layer.note]
+    return 1 - sum(layer.nnz for layer in layers) / sum(layer.numel for layer in layers)
+
+
+def run_one(study: Study, name: str, options: argparse.Namespace) -> None:
+    file, recipe_args = study.runs[name]
+    epochs = options.epochs or study.epochs
+    torch.manual_seed(options.seed)
+    path = options.output / options.study / f"{slug(name)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    optimizer, settings = study.optimizer
+    result = {
+        "study": options.study, "run": name, "recipe": file, "recipe_args": recipe_args, "epochs": epochs,
+        "batch_size": study.batch_size, "optimizer": [optimizer.__name__, settings], "seed": options.seed,
+        "machine": machine(), "finished": False, "points": [],
+    }  # fmt: skip
+    points = Points(result, path)
+    parts = study.load(options.data, options.seed)
+    if not file:
+        parts["model"].to(memory_format=torch.channels_last)  # the faster one for dense convolutions
+    steps = -(-len(parts["train_dataset"]) // study.batch_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = SparseTrainingArguments(
+            output_dir=scratch,
+            num_train_epochs=epochs,
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=study.batch_size,
+            per_device_eval_batch_size=250,
+            eval_strategy="steps",
+            eval_steps=steps * max(1, epochs // POINTS),
+            seed=options.seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="epoch",
+        )
+        trainer = SparseTrainer(
+            args=args,
+            recipe=Recipe.load(RECIPES / file, args={"epochs": epochs, **recipe_args}) if file else None,
+            teacher=study.teacher if file else None,
+            optimizer_cls_and_kwargs=study.optimizer,
+            callbacks=[points],
+            **parts,
+        )
+        points.trainer = trainer
+        trainer.train()
+        if points.result["points"][-1]["epoch"] < epochs:
+            trainer.evaluate()
+    result["finished"] = True
+    write_json(path, result)
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+# Results
+
+
+def gather(folder: Path, study: Study) -> None:
+    """Writes `results.md` and `results.png` of the runs that are there."""
+    runs = [json.loads(path.read_text()) for name in study.runs if (path := folder / f"{slug(name)}.json").exists()]
+    runs = [run for run in runs if run["points"]]
+    rows = []
+    for run in runs:
+        last = run["points"][-1]
+        rows.append([
+            run["run"] + ("" if run["finished"] else f" (stopped at epoch {last['epoch']:g})"),
+            f"{last['sparsity']:.1%}", f"{last['accuracy']:.2%}", f"{max(p['accuracy'] for p in run['points']):.2%}",
+            f"{last['native']}", f"{last['cpu_seconds']:.0f}", f"{last['peak_mib']}",
+        ])  # fmt: skip
+    headers = ["run", "zeros in pruned layers", "accuracy at the end", "best", "native layers", "CPU s", "peak MiB"]
+    with replacing(folder / "results.md") as temporary:
+        temporary.write_text(markdown_table(headers, rows), encoding="utf-8")
+    plot(runs, folder / "results.png")
+    print((folder / "results.md").read_text())
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over the processor time spent on training, and sparsity over epochs."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for run in runs:
+        points = run["points"]
+        left.plot(
+            [p["cpu_seconds"] for p in points], [100 * p["accuracy"] for p in points], marker="o", label=run["run"]
+        )
+        right.plot([p["epoch"] for p in points], [100 * p["sparsity"] for p in points], marker="o")
+    left.set(xlabel="CPU seconds of training", ylabel="accuracy, %")
+    right.set(xlabel="epoch", ylabel="zeros in pruned layers, %", ylim=(-2, 102))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def parse_options() -> argparse.Namespace:
+    assert __doc__ is not None
+    summary, _, details = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shared = Path(os.environ.get("SPARSE_FT_SHARED", "../shared"))
+    parser.add_argument("--study", choices=STUDIES, required=True)
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="(default: all of the study)")
+    parser.add_argument("--data", type=Path, default=shared / "data", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results; a finished run is kept")
+    parser.add_argument("--epochs", type=int, help="instead of the study's own")
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    study, folder = STUDIES[options.study], options.output / options.study
+    names = options.runs or list(study.runs)
+    if unknown := [name for name in names if name not in study.runs]:
+        sys.exit(f"{options.study} has no run {unknown[0]!r}; its runs are {', '.join(study.runs)}")
+    if options.in_process:
+        torch.set_num_threads(options.threads)
+        run_one(study, names[0], options)
+        return
+    for name in names:
+        path = folder / f"{slug(name)}.json"
+        if path.exists() and json.loads(path.read_text())["finished"]:
+            continue
+        shared = [f"--{key}={getattr(options, key)}" for key in ("study", "data", "output", "threads", "seed")]
+        shared += [f"--epochs={options.epochs}"] if options.epochs else []
+        subprocess.run([sys.executable, __file__, *shared, "--runs", name, "--in-process"], check=True)
+    gather(folder, study)
+
+
+if __name__ == "__main__":
+    main()
