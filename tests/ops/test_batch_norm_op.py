@@ -70,6 +70,17 @@ def test_against_float64(isa, shape, training, affine, storages, threads, seed):
     _check(x, weight, bias, statistics, torch.randn(shape, generator=generator), storages, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(32, 48, 28, 28), (33, 40, 29, 31)])
+@pytest.mark.parametrize("training", [True, False])
+def test_results_that_bypass_the_caches(isa, shape, training):
+    generator = torch.Generator().manual_seed(1)
+    torch.set_num_threads(2)
+    weight, bias, mean = (torch.randn(shape[1], generator=generator) for _ in range(3))
+    statistics = None if training else (mean, weight.abs() + 0.1)
+    x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    _check(x, weight, bias, statistics, grad, ("batch_last", "batch_last"), rtol=1e-4)
+
+
 @pytest.mark.parametrize("mean", [0.0, 100.0, -5000.0])
 def test_small_variance_around_a_large_mean(isa, mean):
     generator = torch.Generator().manual_seed(0)

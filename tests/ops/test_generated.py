@@ -73,7 +73,12 @@ def test_linear(tokens, features, outputs, density, threads):
         (16, 600, 40, (7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.05),  # blocks of channels
         (16, 64, 96, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 4, 0.3),
         (16, 80, 64, (9, 9), (1, 1), (3, 3), (0, 0), (1, 1), 2, 0.2),  # phases of the stride without taps
-        (64, 256, 20, (24, 24), (1, 1), (1, 1), (0, 0), (1, 1), 1, 0.05),  # results that bypass the caches
+        # Results that bypass the caches: of the forward pass, of the input gradient, of phases that are cleared.
+        (64, 20, 48, (24, 24), (1, 1), (1, 1), (0, 0), (1, 1), 1, 0.1),
+        (64, 256, 20, (24, 24), (1, 1), (1, 1), (0, 0), (1, 1), 1, 0.05),
+        (32, 64, 96, (26, 26), (1, 1), (2, 2), (0, 0), (1, 1), 1, 0.1),
+        (36, 64, 96, (26, 26), (1, 1), (2, 2), (0, 0), (1, 1), 1, 0.1),
+        (36, 64, 40, (26, 26), (1, 3), (2, 1), (0, 1), (1, 1), 1, 0.1),
     ],
 )
 def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilation, groups, density, threads):
@@ -89,8 +94,9 @@ def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilatio
     pattern, values = ops.SparsePattern.build(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
     source = native.to_layout(x.detach().float(), native.BATCH_LAST)
     sink = native.to_layout(grad, native.BATCH_LAST)
-    got = native.conv2d(source, values, bias, pattern.tensors, *geometry, torch.empty_like(sink))
-    _close(got, want.detach())
+    for use_bias in (bias, None):
+        got = native.conv2d(source, values, use_bias, pattern.tensors, *geometry, torch.empty_like(sink))
+        _close(got, want.detach() - (0 if use_bias is not None else bias.double().view(-1, 1, 1)))
     got = native.conv2d_input_grad(sink, values, pattern.tensors, *geometry, torch.empty_like(source))
     _close(got, x.grad)
     got = native.conv2d_weight_grad(sink, source, pattern.tensors, *geometry, torch.empty_like(values))

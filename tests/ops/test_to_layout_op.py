@@ -50,6 +50,18 @@ def test_long_and_thin(isa):
         assert torch.equal(torch.ops.sparse_ft.to_layout(x, CHANNELS_LAST), plain)
 
 
+@pytest.mark.parametrize("shape", [(32, 64, 24, 24), (40, 70, 21, 19), (7, 300, 25, 25), (130, 96, 10, 9)])
+def test_larger_than_the_caches(isa, shape):
+    """Staged in runs, and written around the caches."""
+    plain = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for have, want in PAIRS:
+            x = torch.ops.sparse_ft.to_layout(plain, have)
+            assert torch.equal(x, plain)
+            assert torch.equal(torch.ops.sparse_ft.to_layout(x, want), plain)
+
+
 @pytest.mark.parametrize(("have", "want"), PAIRS)
 def test_gradient_comes_in_the_layout_of_the_input(have, want):
     x = torch.ops.sparse_ft.to_layout(torch.randn(4, 3, 5, 6), have).requires_grad_(True)
