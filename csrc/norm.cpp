@@ -79,23 +79,30 @@ struct Channel {  // one channel's way from x to v
     }
 };
 
-// Writes at(i, count) to all of a channel, around the caches where the whole result is too large for them.
-template <class At>
-void write_channel(const Norm& q, float* to, At at) {
-    const bool around = q.channels * q.size * 4 > kBypassBytes && reinterpret_cast<uintptr_t>(to) % (4 * kLanes) == 0;
+// Whether a result is too large to wait in a cache, and lies so that it can go around them; null is no result.
+bool bypasses(const Norm& q, const float* to) {
+    return q.channels * q.size * 4 > kBypassBytes && reinterpret_cast<uintptr_t>(to) % (4 * kLanes) == 0;
+}
+
+// Calls each(i, count, put) for all of a channel, where put(to, v, count) stores.
+template <class Each>
+void write_channel(int64_t size, bool around, Each each) {
     if (around)
-        each_vector(q.size, [&](int64_t i, int count) {
-            count == kLanes ? store_around(to + i, at(i, count)) : store(to + i, at(i, count), count);
+        each_vector(size, [&](int64_t i, int count) {
+            each(i, count, [](float* to, vec v, int n) { n == kLanes ? store_around(to, v) : store(to, v, n); });
         });
     else
-        each_vector(q.size, [&](int64_t i, int count) { store(to + i, at(i, count), count); });
+        each_vector(size,
+                    [&](int64_t i, int count) { each(i, count, [](float* to, vec v, int n) { store(to, v, n); }); });
 }
 
 template <class Act, bool kResidual>
 void apply(const Norm& q, int64_t c) {
     const Channel channel(q, c);
-    write_channel(q, q.y + c * q.size,
-                  [&](int64_t i, int count) { return Act::value(channel.before_activation<kResidual>(i, count)); });
+    float* y = q.y + c * q.size;
+    write_channel(q.size, bypasses(q, y), [&](int64_t i, int count, auto put) {
+        put(y + i, Act::value(channel.before_activation<kResidual>(i, count)), count);
+    });
 }
 
 enum class Slope { kFromX, kFromResidual, kFromOutput };  // what tells the activation's slope beside x
@@ -113,10 +120,10 @@ void channel_backward(const Norm& q, int64_t c) {
                           : channel.before_activation<kSlope == Slope::kFromResidual>(i, count);
         return keep_lanes(Act::grad(g, v), count);
     };
-    // g is wanted for the residual; where it is dear to compute twice, dx's place holds it in between.
-    float* kept = q.grad_residual ? q.grad_residual + c * q.size : nullptr;
     float* to = q.grad_x ? q.grad_x + c * q.size : nullptr;
-    if (kept == nullptr && Act::kCostly) kept = to;
+    float* to_residual = q.grad_residual ? q.grad_residual + c * q.size : nullptr;  // gets g
+    // Where g is dear to compute twice, it is kept in between: in its own place, or in dx's.
+    float* kept = Act::kCostly || to == nullptr ? (to_residual ? to_residual : to) : nullptr;
 
     double sum_g, sum_gx;
     const auto terms = [&](int64_t i, int count, vec g, vec& a, vec& b) {
@@ -145,19 +152,25 @@ void channel_backward(const Norm& q, int64_t c) {
     const vec scale_v = channel.scale_v, mean = channel.mean;
     const vec through_mean = splat(float(scale * sum_g / double(q.size)));
     const vec through_x = splat(float(double(scale) * rstd * rstd * sum_gx / double(q.size)));
-    const auto second_pass = [&](auto before) {
+    const auto second_pass = [&](auto before, float* residual) {
+        const auto write = [&](auto slope) {
+            write_channel(q.size, bypasses(q, to) && bypasses(q, residual), [&](int64_t i, int count, auto put) {
+                const vec g = before(i, count);
+                if (residual) put(residual + i, g, count);
+                put(to + i, slope(i, count, g), count);
+            });
+        };
         if (q.training)
-            write_channel(q, to, [&](int64_t i, int count) {
-                const vec d = load(x + i, count) - mean;
-                return before(i, count) * scale_v - d * through_x - through_mean;
+            write([&](int64_t i, int count, vec g) {
+                return g * scale_v - (load(x + i, count) - mean) * through_x - through_mean;
             });
         else  // x takes no part, whatever it is
-            write_channel(q, to, [&](int64_t i, int count) { return before(i, count) * scale_v; });
+            write([&](int64_t, int, vec g) { return g * scale_v; });
     };
     if (kept)
-        second_pass([&](int64_t i, int count) { return load(kept + i, count); });
+        second_pass([&](int64_t i, int count) { return load(kept + i, count); }, nullptr);
     else
-        second_pass(before);
+        second_pass(before, to_residual);
 }
 
 template <class Act>
