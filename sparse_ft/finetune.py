@@ -125,6 +125,7 @@ class FinetuneResult:
         metrics_before: evaluation before training, if `eval_on_start` asked for it.
         metrics_after: evaluation of the saved model.
         train: epochs, steps, seconds and mean loss.
+        removal: what became smaller with `remove_channels`.
         steps: one training step dense against sparse on a real batch; None with the reason in `steps_note`.
         files: what was written, relative to `output_dir`.
     """
@@ -142,6 +143,7 @@ class FinetuneResult:
     train: dict[str, float]
     steps: StepComparison | None
     steps_note: str = ""
+    removal: str = ""
     files: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +157,7 @@ class FinetuneResult:
             "layers": f"{self.native_layers} of {self.pruned_layers} pruned layers run on the sparse kernels",
             "sparsity": f"{self.sparsity_before:.2%} before, {self.sparsity_after:.2%} after",
             "training": "{epochs:g} epochs, {steps:.0f} steps, {seconds:.1f} s, loss {loss:.4g}".format(**self.train),
+            **({"channels": f"dead ones removed: {self.removal}"} if self.removal else {}),
         }
 
     def __str__(self) -> str:
@@ -237,6 +240,7 @@ def finetune(
         },
         steps=steps,
         steps_note=note,
+        removal=str(trainer.removal_report).splitlines()[-1] if trainer.removal_report else "",
     )
     write_report(
         Path(result.output_dir) / "report.html",

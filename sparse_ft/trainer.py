@@ -33,6 +33,7 @@ from transformers.trainer_utils import (
 from transformers.training_args import OptimizerNames
 from transformers.utils.hub import PushInProgress
 
+from sparse_ft.channels import RemovalReport, remove_channels
 from sparse_ft.checkpoint import (
     NATIVE_LAYERS,
     CheckpointError,
@@ -111,6 +112,7 @@ class SparseTrainer(Trainer):
         recipe: what it follows, or None.
         session: the recipe at work, from the beginning of `train` on.
         conversion_report: what became of each layer; None if nothing was converted.
+        removal_report: what `args.remove_channels` took out at the end of `train`; None before.
     """
 
     args: SparseTrainingArguments
@@ -159,6 +161,7 @@ class SparseTrainer(Trainer):
         self._recipe_masks: dict[str, Tensor] = {}  # at the end of the recipe
         self._checkpoint_session: dict[str, Any] | None = None
         self.conversion_report: ConversionReport | None = None
+        self.removal_report: RemovalReport | None = None
         self._checkpoint_state: SparseState | None = None
         self._frozen: FrozenMasks | None = None
         self._own_optimizer = False
@@ -346,7 +349,18 @@ class SparseTrainer(Trainer):
             raise TrainingInterrupted(str(self._checkpoint_path(trial, step)), step)
         self._end_session()
         self._check_masks(self.masks)
+        if self.args.remove_channels:
+            self._remove_channels()
         return output
+
+    def _remove_channels(self) -> None:
+        """Takes dead channels out of the model, whose layers are dense from now on."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self._frozen is not None:
+            self._frozen.remove()
+        to_dense(model)
+        self.removal_report = remove_channels(model, self.example_inputs())
+        self.announce(f"dead channels removed: {str(self.removal_report).splitlines()[-1]}")
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._make_sparse()

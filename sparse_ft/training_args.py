@@ -73,6 +73,13 @@ class SparseTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Layers to leave dense: names, or re:PATTERN. Their zeros are kept all the same."},
     )
+    remove_channels: bool = field(
+        default=False,
+        metadata={
+            "help": "After training, take channels that are dead out of the model (of recipes that prune whole "
+            "channels); what is saved has zeros in their place, for stock loaders."
+        },
+    )
     keep_freed_memory: bool = field(
         default=True,
         metadata={

@@ -193,7 +193,7 @@ class _Tracer(TorchDispatchMode):
             return lambda label, args, kwargs, output: label if label.dim == 1 else None
         return {
             aten.permute: _permuted, aten.transpose: _transposed, aten.t: _transposed,
-            aten.constant_pad_nd: _padded,
+            aten.constant_pad_nd: _padded, aten.as_strided_: _restrided,
         }.get(packet)  # fmt: skip
 
     def fix(self, tensor: Tensor) -> None:
@@ -402,6 +402,13 @@ def _permuted(label: _Label, args: Any, kwargs: Any, output: Tensor) -> _Label:
 def _transposed(label: _Label, args: Any, kwargs: Any, output: Tensor) -> _Label:
     one, other = (dim % output.dim() for dim in (args[1:3] if len(args) > 1 else (0, 1)))
     return _Label({one: other, other: one}.get(label.dim, label.dim), label.nodes, label.zero)
+
+
+def _restrided(label: _Label, args: Any, kwargs: Any, output: Tensor) -> _Label | None:
+    """Channels-last pooling to one position gives its output these strides, with nothing but channels to arrange."""
+    channels, strides = len(label.nodes), args[2]
+    alone = _product(output.shape[1:]) == channels == output.shape[1]
+    return label if label.dim == 1 and alone and strides[:2] == [channels, 1] else None
 
 
 def _padded(label: _Label, args: Any, kwargs: Any, output: Tensor) -> _Label:

@@ -1,6 +1,7 @@
 """`sparse-ft export`: a model for other runtimes."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from sparse_ft.cli import options
@@ -31,6 +32,12 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=options.positive, default=8, help="examples to compare on, 2 or more")
     parser.add_argument("--image-size", type=options.positive, help="side length in pixels instead of the model's")
     parser.add_argument("--seq-len", type=options.positive, help="tokens in a text, which the export then expects")
+    parser.add_argument(
+        "--remove-channels",
+        action="store_true",
+        help="first take out channels that are dead, as recipes for whole channels leave them: a smaller dense network "
+        "(a folder for dense keeps zeros in their place)",
+    )
     options.add_json_option(parser)
     return parser
 
@@ -42,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
     with options.figures_only(args.json) as out:
         model = load_dense(args)
+        if args.remove_channels:
+            print(sparse_ft.remove_channels(model, _batch(args, model)), file=sys.stderr)
         if args.format == "dense":
             sparse_ft.save_pretrained(model, args.output, processor=processor_beside(args))
             report = sparse_ft.sparsity(model)

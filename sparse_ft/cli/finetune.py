@@ -26,7 +26,7 @@ COMMON = {
     "metric_for_best_model", "logging_steps", "dataloader_num_workers", "report_to", "push_to_hub",
     "hub_model_id", "disable_tqdm",
     "distill_teacher", "recipe", "recipe_args", "recipe_compat", "ignore_unknown",
-    "sparse_policy", "min_sparsity", "sparse_ignore", "keep_freed_memory",
+    "sparse_policy", "min_sparsity", "sparse_ignore", "remove_channels", "keep_freed_memory",
     "resume_from_checkpoint",
 }  # fmt: skip
 

@@ -80,7 +80,7 @@ class ChannelWise(MaskedTargets):
         kept = None if self.channels is None else self.kept_units(training)
         if kept is not None and self.channels is not None:
             self._running = SubNetwork(model, self.channels, kept)
-            self._running.enter(keep_statistics=self.keeps_statistics())
+            self._running.enter(keep_statistics=model.training and self.keeps_statistics())
 
     def _leave(self) -> None:
         if self._running is not None:

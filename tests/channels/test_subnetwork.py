@@ -151,11 +151,12 @@ def test_bfloat16():
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", TIMM)
-def test_timm_models(name):
+def test_timm_models(name, layout):
     torch.manual_seed(0)
-    model = TIMM[name]()
-    images = torch.randn(2, 3, 32, 32)
+    model = TIMM[name]().to(memory_format=layout)
+    images = torch.randn(2, 3, 32, 32).to(memory_format=layout)
     channels = analyze_channels(model, images)
     rows = sum(len(place.rows) for place in channels.weights())
     free = sum(int((place.rows >= 0).sum()) for place in channels.weights())

@@ -69,6 +69,10 @@ METHODS = {
 }
 
 
+METHODS["probmask"] = (
+    f"!ProbMaskModifier {{{TARGETS}, final_sparsity: 0.75, start_epoch: 0.2, end_epoch: 1.6, learning_rate: 0.1}}",
+    0.75,
+)
 WHOLE_CHANNELS = {"structured", "fbps", "fbps-both"}  # which are of different size: counts are not exact by weight
 
 
