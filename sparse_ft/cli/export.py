@@ -35,8 +35,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--remove-channels",
         action="store_true",
-        help="first take out channels that are dead, as recipes for whole channels leave them: a smaller dense network "
-        "(a folder for dense keeps zeros in their place)",
+        help="first take out dead channels, which recipes for whole channels leave: a smaller dense network (dense "
+        "folders have zeros in their place)",
     )
     options.add_json_option(parser)
     return parser
