@@ -20,6 +20,7 @@ from sparse_ft.nn import SparseModule
 from sparse_ft.report import write_report
 from sparse_ft.trainer import SparseTrainer
 from sparse_ft.training_args import SparseTrainingArguments
+from sparse_ft.tune import processor as processor_name
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,14 @@ def finetune(
     evaluation = _final_evaluation(trainer)
     trainer.save_metrics("train", output.metrics, combined=False)
     trainer.save_metrics("eval", evaluation, combined=False)
-    trainer.save_model()
     native = [name for name, layer in model.named_modules() if isinstance(layer, SparseModule)]
     steps, note = None, "not compared"
     if compare:
         steps, note = _compare(trainer, bool(native))
+    if steps is not None:
+        speed = {"dense_ms": steps.dense_ms, "sparse_ms": steps.sparse_ms}
+        trainer.card["speed"] = {**speed, "processor": processor_name(), "threads": steps.threads}
+    trainer.save_model()
     start = next((e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == 0), None)
     result = FinetuneResult(
         model=choice.name,

@@ -198,7 +198,8 @@ def _shapes(batch: Any) -> Any:
     return [_shapes(value) for value in batch] if isinstance(batch, list | tuple) else repr(batch)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of this machine's processor, empty where the system does not say it."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
@@ -226,7 +227,7 @@ class TimingCache:
         )
         from sparse_ft import __version__
 
-        machine = [_processor(), active_isa(), torch.__version__, __version__, _code(), str(_CACHE_VERSION)]
+        machine = [processor(), active_isa(), torch.__version__, __version__, _code(), str(_CACHE_VERSION)]
         name = hashlib.sha256("|".join(machine).encode()).hexdigest()[:16]
         self.path = Path(folder or default) / f"timings-{name}.json"
         self._timings = self._read()

@@ -16,6 +16,7 @@ COMMANDS = {
     "prune": "set the least important weights of a model to zero",
     "inspect": "show the sparsity of each layer, and what runs natively",
     "bench": "time training steps, dense against sparse",
+    "report": "compare finished runs on one page",
     "recipe": "check, show and convert recipes",
     "import": "bring a checkpoint of another tool into this one's layout",
     "export": "write a model as ONNX, as a torch.export program, or dense",

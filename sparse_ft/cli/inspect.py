@@ -1,12 +1,14 @@
 """`sparse-ft inspect`: sparsity by layer, and what runs natively."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sparse_ft.cli import options
 
 if TYPE_CHECKING:
     from sparse_ft.conversion import ConversionReport
+    from sparse_ft.hub.remote import RemoteModel
     from sparse_ft.masks import SparsityReport
 
 EXAMPLES = """  sparse-ft inspect out/resnet18-90
@@ -20,7 +22,8 @@ HEADERS = ["layer", "kind", "shape", "nonzeros", "weights", "sparsity", "runs", 
 def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = options.make_parser(
         prog,
-        "Show the sparsity of each layer, whether it can run on the native sparse kernels, and why not.",
+        "Show the sparsity of each layer, whether it can run on the native sparse kernels, and why not.\n"
+        "Of a model on the Hub its sparsity alone, from the headers of its files: no weights are downloaded.",
         EXAMPLES,
     )
     options.add_model_options(parser, positional=True)
@@ -32,6 +35,11 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--html", metavar="FILE", help="write the table as a web page")
     parser.add_argument("--plot", metavar="FILE", help="draw the sparsity by layer (png, svg or pdf)")
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="download a Hub model's weights, and show what runs natively",
+    )
     options.add_json_option(parser)
     return parser
 
@@ -42,6 +50,10 @@ def run(args: argparse.Namespace) -> None:
     from sparse_ft.report import write_report
 
     with options.figures_only(args.json) as out:
+        remote = None if args.download or args.measure or args.html or args.plot else _without_weights(args)
+        if remote is not None:
+            options.print_result(out, remote, args.json)
+            return
         model = load_dense(args)
         report = sparse_ft.sparsity(model)
         if args.plot:
@@ -62,6 +74,20 @@ def run(args: argparse.Namespace) -> None:
                 conversion=conversion,
             )
         options.print_result(out, inspection, args.json)
+
+
+def _without_weights(args: argparse.Namespace) -> "RemoteModel | None":
+    """What a model on the Hub says of itself; None for other models, and where it says nothing."""
+    from sparse_ft.hub.remote import inspect_remote
+    from sparse_ft.hub.source import hub_repository
+
+    repository = hub_repository(args.model)
+    if repository is None or args.pretrained:
+        return None
+    remote = inspect_remote(repository, revision=args.revision)
+    if remote is None:
+        print(f"{repository} has neither a compact form nor sparse_ft.json: downloading its weights", file=sys.stderr)
+    return remote
 
 
 class Inspection:

@@ -27,9 +27,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--compact-only", action="store_true", help="leave out the dense weights: only sparse_ft opens the rest"
     )
-    parser.add_argument(
-        "--values", choices=VALUES, help="round the values of the compact form"
-    )
+    parser.add_argument("--values", choices=VALUES, help="round the values of the compact form")
     parser.add_argument("--message", default="Upload sparse model", help="first line of the commit")
     options.add_json_option(parser)
     return parser

@@ -7,13 +7,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sparse_ft.masks import SparsityReport
+from sparse_ft.recipes import Recipe, RecipeError
 
 from .errors import ModelError
 
 TAGS = ["sparse_ft", "sparsity"]
 UNKNOWN_ID = "USER/NAME"  # stands in the card's examples until the repository is known
 _METADATA = ("base_model", "datasets", "language", "license", "license_link", "license_name", "tags")
-_TEXTS = ("dataset_name", "description", "model_id", "title")
+_TEXTS = ("dataset_name", "description", "model_id", "speed", "title")
 
 
 def model_card(
@@ -23,7 +24,8 @@ def model_card(
     task: str | None,
     report: SparsityReport,
     metrics: Mapping[str, Any],
-    has_recipe: bool,
+    recipe: str | None,
+    has_compact: bool,
     card: Mapping[str, Any],
 ) -> ModelCard:
     """The card of a checkpoint.
@@ -35,10 +37,12 @@ def model_card(
         task: Task name of the Hub.
         report: Sparsity of the model.
         metrics: Figures by name. They enter the card's metadata too when `card` names the dataset.
-        has_recipe: Whether ``recipe.yaml`` lies beside.
+        recipe: Text of the recipe that the model was trained with.
+        has_compact: Whether the compact form lies beside.
         card: What only the user knows. Metadata: ``license``, ``license_name``, ``license_link``, ``language``,
             ``datasets``, ``base_model``, further ``tags``. Text: ``title``, ``description``, ``dataset_name``, and
-            ``model_id``, the Hub id for the examples.
+            ``model_id``, the Hub id for the examples. ``speed``: ``dense_ms`` and ``sparse_ms`` of a training step,
+            and where they were measured: ``processor`` and ``threads``.
 
     Raises:
         ModelError: `card` has an entry of another name.
@@ -70,8 +74,22 @@ def model_card(
         transformers_class="AutoModelForImageClassification" if library == "timm" else model_class,
         report=report,
         metrics=metrics,
-        has_recipe=has_recipe,
+        recipe=recipe and recipe.strip(),
+        methods=_methods(recipe),
+        has_compact=has_compact,
+        speed=card.get("speed"),
     )
+
+
+def _methods(recipe: str | None) -> dict[str, str]:
+    """The modifiers of a recipe, each with where its method comes from; empty if this version cannot read it."""
+    if recipe is None:
+        return {}
+    try:
+        modifiers = Recipe.load(recipe).modifiers
+    except RecipeError:
+        return {}
+    return {modifier.type_name: modifier.source for modifier in modifiers if modifier.source}
 
 
 def _results(metrics: Mapping[str, Any], task: str | None, card: Mapping[str, Any]) -> list[EvalResult]:

@@ -105,7 +105,15 @@ def save_pretrained(
             write_masks(stage / MASK_FILE, masks)
         if recipe is not None:
             (stage / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-        info = info_text(report, library, model_class, metrics=metrics or {}, extra=extra or {})
+        has_compact = False
+        if compact:
+            try:
+                has_compact = write_compact_folder(stage, stage / COMPACT_FOLDER, values_dtype=values_dtype)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
+        card = card or {}
+        speed = {"speed": dict(card["speed"])} if card.get("speed") else {}
+        info = info_text(report, library, model_class, metrics=metrics or {}, extra={**speed, **(extra or {})})
         (stage / INFO_FILE).write_text(info, encoding="utf-8")
         readme = model_card(
             library=library,
@@ -113,15 +121,11 @@ def save_pretrained(
             task=task,
             report=report,
             metrics=metrics or {},
-            has_recipe=recipe is not None,
-            card=card or {},
+            recipe=recipe,
+            has_compact=has_compact,
+            card=card,
         )
         readme.save(stage / "README.md")
-        if compact:
-            try:
-                write_compact_folder(stage, stage / COMPACT_FOLDER, values_dtype=values_dtype)
-            except ValueError as error:
-                raise ModelError(str(error)) from error
         saved = {path.relative_to(stage).as_posix() for path in stage.rglob("*")}
     for pattern in STALE_PATTERNS:
         for path in Path(directory).glob(pattern):

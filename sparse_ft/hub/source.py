@@ -87,19 +87,37 @@ def _resolve(
 ) -> ModelSource:
     """As `resolve`; without a `form` of the weights a model's description is enough."""
     name = str(name_or_path)
+    if (repository := hub_repository(name_or_path)) is not None:
+        return _download(repository, revision, token, form)
     if name in BUNDLED_MODELS:
         return _from_folder(BUNDLED_MODELS[name], form)
+    if _is_architecture(name_or_path):
+        architecture = name.removeprefix("timm/")
+        return _pretrained(architecture, token) if pretrained else ModelSource(architecture=architecture)
+    return _from_folder(Path(name.removeprefix("local-dir:")).expanduser(), form)
+
+
+def hub_repository(name_or_path: str | Path) -> str | None:
+    """The Hub id, perhaps with ``@REVISION``, that a model's name stands for; None if it is something else's."""
+    name = str(name_or_path)
     for prefix in _HUB_PREFIXES:
         if name.startswith(prefix):
-            return _download(name.removeprefix(prefix), revision, token, form)
+            return name.removeprefix(prefix)
+    local = name in BUNDLED_MODELS or _is_local(name_or_path) or _is_architecture(name_or_path)
+    return None if local else name
+
+
+def _is_local(name_or_path: str | Path) -> bool:
+    name = str(name_or_path)
     path = Path(name.removeprefix("local-dir:")).expanduser()
-    if path.exists() or isinstance(name_or_path, Path) or _looks_like_path(name):
-        return _from_folder(path, form)
-    if name.startswith("timm/") and "." not in name:
-        architecture = name.removeprefix("timm/")
-        if timm.is_model(architecture):
-            return _pretrained(architecture, token) if pretrained else ModelSource(architecture=architecture)
-    return _download(name, revision, token, form)
+    return path.exists() or isinstance(name_or_path, Path) or _looks_like_path(name)
+
+
+def _is_architecture(name_or_path: str | Path) -> bool:
+    name = str(name_or_path)
+    if _is_local(name_or_path) or not name.startswith("timm/") or "." in name:
+        return False
+    return timm.is_model(name.removeprefix("timm/"))
 
 
 def _looks_like_path(name: str) -> bool:

@@ -19,7 +19,7 @@ from sparse_ft.masks import SparsityReport
 from .plots import MAX_BARS, layer_times, loss_curves, metric_curves, sparsity_bars
 
 # Metrics in [0, 1] that a run is judged by.
-_HEADLINE = ("accuracy", "f1", "matthews correlation", "exact match")
+HEADLINE = ("accuracy", "f1", "matthews correlation", "exact match")
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,13 @@ def write_report(
     """
     times = _times(comparison)
     evals = {name.removeprefix("eval_").replace("_", " "): value for name, value in (evals or {}).items()}
-    environment = Environment(loader=PackageLoader("sparse_ft.report"), autoescape=True, undefined=StrictUndefined)
-    environment.filters["figure"] = _figure
-    script = (files("sparse_ft.report") / "templates" / "sort.js").read_text(encoding="utf-8")
-    page = environment.get_template("report.html.j2").render(
+    write_page(
+        path,
+        "report.html.j2",
         title=title,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=Markup((files("sparse_ft.report") / "templates" / "style.css").read_text(encoding="utf-8")),
         summary=summary,
         evals=evals,
-        headline={name: value for name, value in evals.items() if name in _HEADLINE and isinstance(value, float)},
+        headline={name: value for name, value in evals.items() if name in HEADLINE and isinstance(value, float)},
         sparsity=sparsity,
         times=times,
         rows=_rows(sparsity, conversion),
@@ -93,6 +89,24 @@ def write_report(
                 ("sparsity", sparsity_bars(sparsity.layers)),
             )
         },
+    )
+
+
+def write_page(path: str | Path, template: str, **content: Any) -> None:
+    """Write a page of ours: style and script inside, every other text escaped, no request allowed.
+
+    Args:
+        template: File in ``templates``.
+        content: What it shows.
+    """
+    environment = Environment(loader=PackageLoader("sparse_ft.report"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["figure"] = _figure
+    script = (files("sparse_ft.report") / "templates" / "sort.js").read_text(encoding="utf-8")
+    page = environment.get_template(template).render(
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=Markup((files("sparse_ft.report") / "templates" / "style.css").read_text(encoding="utf-8")),
+        **content,
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -14,6 +14,7 @@ from sparse_ft.conversion import LayerConversion
 from sparse_ft.masks import LayerSparsity
 
 MAX_BARS = 40
+MAX_NAMES = 12  # in a scatter plot
 WIDTH = 4.2  # inches: a phone shows that unscaled, so that the text stays readable there
 DENSE, SPARSE, THIRD = "#c2703d", "#3b7dbf", "#5a9e6f"
 # matplotlib writes colours as numbers; this one stands for the page's text colour and is replaced at the end.
@@ -69,6 +70,28 @@ def sparsity_bars(layers: Sequence[LayerSparsity]) -> str | None:
     axes.barh(range(len(shown)), [100 * layer.sparsity for layer in shown], 0.7, color=SPARSE)
     axes.set_xlim(0, 100)
     axes.set_xlabel("zero weights, %")
+    return _svg(figure)
+
+
+def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: str) -> str | None:
+    """Named points; None if there is none. With many of them, names are left to the table beside."""
+    if not points:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter([x for _, x, _ in points], [y for _, _, y in points], s=22, color=SPARSE)
+    if len(points) <= MAX_NAMES:
+        for name, x, y in points:
+            text = axes.annotate(
+                _shortened(name, 18), (x, y), xytext=(0, 5), textcoords="offset points", fontsize=7, color=_INK
+            )
+            text.set(parse_math=False, horizontalalignment="center")
+    axes.margins(0.15)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.yaxis.label.set_parse_math(False)
+    axes.grid(alpha=0.25, color=_INK, linewidth=0.5)
+    _plain(axes)
     return _svg(figure)
 
 

@@ -348,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
     def model_info(self, body: bytes, repo: str, revision: str = "main") -> None:
         repository = self._repository(repo)
         oid = repository.resolve(revision)
-        siblings = [{"rfilename": path} for path in repository.commits[oid]]
+        siblings = [{"rfilename": path, "size": len(blob.data)} for path, blob in repository.commits[oid].items()]
         self._answer({"id": repo, "sha": oid, "siblings": siblings, "private": repository.private, "tags": []})
 
     def branch(self, body: bytes, repo: str, revision: str) -> None:

@@ -23,6 +23,7 @@ from sparse_ft.hub.compact import COMPACT_FILE
 from sparse_ft.masks import mask_state
 from sparse_ft.nn import SparseConv2d, SparseLinear
 
+RECIPE = "modifiers:\n  - !ConstantPruningModifier\n    params: __ALL_PRUNABLE__\n"
 LABELS = [f"class {index}" for index in range(10)]
 
 
@@ -323,8 +324,14 @@ def test_card_and_info(resnet, tmp_path):
         resnet,
         tmp_path,
         metrics={"accuracy": 0.875},
-        recipe="modifiers: []\n",
-        card={"license": "mit", "datasets": "uoft-cs/cifar10", "base_model": "user/base", "model_id": "user/tiny"},
+        recipe=RECIPE,
+        card={
+            "license": "mit",
+            "datasets": "uoft-cs/cifar10",
+            "base_model": "user/base",
+            "model_id": "user/tiny",
+            "speed": {"dense_ms": 12.0, "sparse_ms": 4.0, "processor": "Some CPU", "threads": 2},
+        },
         extra={"method": "magnitude"},
     )
     card = ModelCard.load(tmp_path / "README.md")
@@ -339,11 +346,17 @@ def test_card_and_info(resnet, tmp_path):
         'sparse_ft.from_pretrained("user/tiny")',
         "| accuracy | 0.875 |",
         "| `layer1.0.conv1` | 8×64×3×3 | 461 | 90.00 % |",
-        "`recipe.yaml`",
+        'AutoModelForImageClassification.from_pretrained("user/tiny", subfolder="sparse")',
+        "| training step | 4.0 ms; dense 12.0 ms, 3.00 times as long |",
+        "on the machine that trained the model: Some CPU, 2 threads.",
+        f"```yaml\n{RECIPE.strip()}\n```",
+        "* `ConstantPruningModifier`: Iofinova et al. 2022, arXiv 2111.13445",
+        "SparseProp, arXiv 2302.04852",
     ):
         assert line in card.text
-    assert (tmp_path / "recipe.yaml").read_text() == "modifiers: []\n"
+    assert (tmp_path / "recipe.yaml").read_text() == RECIPE
     info = json.loads((tmp_path / "sparse_ft.json").read_text())
+    assert info["speed"]["sparse_ms"] == 4.0
     assert info["method"] == "magnitude" and info["metrics"] == {"accuracy": 0.875}
     assert info["versions"]["sparse_ft"] == sparse_ft.__version__
     layers = {layer["name"]: layer for layer in info["sparsity"]["layers"]}
