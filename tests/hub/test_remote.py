@@ -46,8 +46,6 @@ def test_kilobytes_tell_the_sparsity_and_the_compact_form_is_downloaded_alone(hu
     folder = tmp_path / "model"
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     without = {name: content for name, content in files.items() if not name.startswith("sparse/")}
-        : 8 + int.from_bytes(files["sparse/model.safetensors"][:8], "little")
-    ]
     hub.add_repository("user/model", files)
     hub.add_repository("user/told", without)
     hub.add_repository("user/broken", {"config.json": b"{}", "sparse/model.safetensors": b"x" * 40})
