@@ -678,6 +678,7 @@ class SparseTrainer(Trainer):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
                 self._save_recipe(Path(output_dir or self._folder))
+                self._save_arguments(Path(output_dir or self._folder))
                 info = json.dumps({NATIVE_LAYERS: native_layers(model)}, indent=2)
                 Path(output_dir or self._folder, INFO_FILE).write_text(info + "\n", encoding="utf-8")
             return
@@ -694,6 +695,9 @@ class SparseTrainer(Trainer):
             compact=folder == self._folder,  # a checkpoint to resume from is read in dense layout
             recipe=self.recipe.dump() if self.recipe is not None and self.recipe.modifiers else None,
         )
+        self._save_arguments(folder)
+
+    def _save_arguments(self, folder: Path) -> None:
         args = copy.copy(self.args)
         args.hub_token = None  # a secret, and the folder may be given away
         torch.save(args, folder / TRAINING_ARGS_NAME)

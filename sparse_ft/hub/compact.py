@@ -116,10 +116,13 @@ def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         parts = {part for entry in entries.values() for part in (entry.values, entry.positions)}
         state_dict = {name: file.get_tensor(name) for name in tensors if name not in parts}
         masks = {}
+        zeros = _Zeros()
         for name, entry in entries.items():
             values, positions = file.get_tensor(entry.values), file.get_tensor(entry.positions)
             try:
-                weight, mask = dense_weight(values, positions, entry.shape, entry.dtype, is_gaps=entry.is_gaps)
+                weight, mask = dense_weight(
+                    values, positions, entry.shape, entry.dtype, is_gaps=entry.is_gaps, zeros=zeros
+                )
             except ValueError as error:
                 raise ValueError(f"{path}: {name}: {error}") from error
             state_dict[name] = weight
@@ -152,7 +155,13 @@ def read_index(
 
 
 def dense_weight(
-    values: Tensor, positions: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, is_gaps: bool
+    values: Tensor,
+    positions: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    is_gaps: bool,
+    zeros: "_Zeros | None" = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A weight in dense layout, and its mask if that is not where the weight is not zero.
 
@@ -170,8 +179,9 @@ def dense_weight(
             raise ValueError(f"the bitmap has {len(places)} ones, but there are {count} values")
         pieces = iter([places])
     values = values.to(dtype)
-    # numpy's zeros are pages that the system fills when they are touched; torch.zeros writes every one.
-    weight = torch.from_numpy(np.zeros(numel, dtype=f"i{dtype.itemsize}")).view(dtype)
+    weight = (
+        zeros.take(numel, dtype) if zeros else torch.from_numpy(np.zeros(numel * dtype.itemsize, "u1")).view(dtype)
+    )
     mask = None
     if torch.count_nonzero(values) < count:
         mask = torch.zeros(numel, dtype=torch.bool)
@@ -182,6 +192,29 @@ def dense_weight(
         if mask is not None:
             mask.numpy()[piece] = True
     return weight.view(shape), None if mask is None else mask.view(shape)
+
+
+class _Zeros:
+    """Zeroed memory for the weights of a file.
+
+    `torch.zeros` writes every page of it, and has the system fetch each by itself, which takes longer than reading a
+    dense file. numpy's pages are zero because they are new, and huge where an array has some megabytes, so that small
+    weights share one.
+    """
+
+    _SHARED = 16 * 2**20  # bytes, which live as long as one weight in them
+
+    def __init__(self) -> None:
+        self.block = np.empty(0, dtype=np.uint8)
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        size = numel * dtype.itemsize
+        if size > self._SHARED // 4:
+            return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype)
+        if size > len(self.block):
+            self.block = np.zeros(self._SHARED, dtype=np.uint8)
+        taken, self.block = self.block[:size], self.block[-(-size // 64) * 64 :]  # whole cache lines
+        return torch.from_numpy(taken).view(dtype)
 
 
 def _bits(tensor: Tensor) -> NDArray[Any]:

@@ -12,12 +12,13 @@ order but a rising one can be written in it.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_SPREAD = 1024  # elements per nonzero, at most: what a small file can make a reader allocate is bounded
-_MAX_REMAINDER = 24
+_MAX_REMAINDER = 16
 _BLOCK = 2**12  # bytes; a multiple of 8, so that a block of as many remainders ends on a byte
 
 
@@ -52,22 +53,29 @@ def decode(code: NDArray[np.uint8], count: int, numel: int) -> Iterator[NDArray[
     if not split + shortest <= len(code) <= split + longest or not code[-1]:
         raise ValueError(f"the code of its gaps has {len(code)} bytes, which are not {count} gaps below {numel}")
     remainders, unary = code[1:split], code[split:]
-    found, position, end = 0, -1, -1  # how many positions so far, the last one, and where its quotient ends
+    found, total = 0, 0  # how many positions so far, and the sum of their remainders
     for start in range(0, len(unary), _BLOCK):
         bits = np.unpackbits(unary[start : start + _BLOCK], bitorder="little").view(np.bool_)
-        ends = np.flatnonzero(bits) + 8 * start  # as bool ten times as fast
-        if found + len(ends) > count:
+        places = np.flatnonzero(bits)  # as bool ten times as fast
+        if found + len(places) > count:
             raise ValueError(f"the code of its gaps holds more than the {count} gaps that are needed")
-        if not len(ends):
+        if not len(places):
             continue
-        steps = np.diff(ends, prepend=end)  # the quotient, and one for the position itself
+        # A position has before it: the positions before, and their gaps with its own. The quotients of these are the
+        # zeros before its one.
+        numbers = np.arange(found, found + len(places))
+        places += 8 * start
+        places -= numbers
+        places <<= width
+        places += numbers
         if width:
-            steps = ((steps - 1) << width) + _unpack(remainders, found, len(ends), width) + 1
-        positions = position + np.cumsum(steps)
-        found, position, end = found + len(ends), int(positions[-1]), int(ends[-1])
-        if position >= numel:
-            raise ValueError(f"the code of its gaps goes to element {position} of {numel}")
-        yield positions
+            sums = np.cumsum(_unpack(remainders, found, len(places), width), dtype=np.int64)
+            places += sums + total
+            total += int(sums[-1])
+        found += len(places)
+        if places[-1] >= numel:
+            raise ValueError(f"the code of its gaps goes to element {places[-1]} of {numel}")
+        yield places
     if found < count:
         raise ValueError(f"the code of its gaps holds {found} gaps where {count} are needed")
 
@@ -89,23 +97,29 @@ def _pack(gaps: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
     return np.concatenate(blocks)
 
 
-def _unpack(packed: NDArray[np.uint8], start: int, count: int, width: int) -> NDArray[np.int64]:
-    """`count` numbers of `_pack` from the `start`th on.
-
-    Eight numbers take `width` bytes, so each of the eight lies at one place in all of them.
-    """
+def _unpack(packed: NDArray[np.uint8], start: int, count: int, width: int) -> NDArray[Any]:
+    """`count` numbers of `_pack` from the `start`th on."""
     skipped = start % 8
-    groups = (skipped + count + 7) // 8
+    groups = (skipped + count + 7) // 8  # of eight numbers, which take `width` bytes
     first_byte = (start - skipped) * width // 8
-    columns = np.zeros((groups, width), dtype=np.uint8)
     piece = packed[first_byte : first_byte + groups * width]
-    columns.reshape(-1)[: len(piece)] = piece
-    numbers = np.empty((groups, 8), dtype=np.int64)
-    for place in range(8):
-        first, shift = divmod(place * width, 8)
-        last = (place * width + width - 1) // 8
-        value = columns[:, first].astype(np.int64) >> shift
-        for byte in range(first + 1, last + 1):
-            value |= columns[:, byte].astype(np.int64) << (8 * (byte - first) - shift)
-        numbers[:, place] = value & ((1 << width) - 1)
+    if 8 % width == 0:
+        numbers = _NUMBERS_IN_BYTE[width][piece]
+    else:
+        columns = np.zeros((groups, width), dtype=np.uint8)
+        columns.reshape(-1)[: len(piece)] = piece
+        numbers = np.empty((groups, 8), dtype=np.int32)
+        for place in range(8):  # each of the eight lies at one place in all groups
+            first, shift = divmod(place * width, 8)
+            last = (place * width + width - 1) // 8
+            value = columns[:, first].astype(np.int32) >> shift
+            for byte in range(first + 1, last + 1):
+                value |= columns[:, byte].astype(np.int32) << (8 * (byte - first) - shift)
+            numbers[:, place] = value & ((1 << width) - 1)
     return numbers.reshape(-1)[skipped : skipped + count]
+
+
+_NUMBERS_IN_BYTE = {
+    width: np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, width, dtype=np.uint8) & (2**width - 1)
+    for width in (1, 2, 4, 8)
+}

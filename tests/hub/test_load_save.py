@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import sparse_ft
@@ -384,3 +386,11 @@ def test_stale_shards_are_removed(bert, tmp_path):
     assert names == {"README.md", "config.json", "model.safetensors", "notes.txt", "sparse", "sparse_ft.json"}
     save_pretrained(bert, tmp_path, compact=False)
     assert not list((tmp_path / "sparse").iterdir()), "a compact form of other weights must not stay"
+
+
+def test_image_model_of_transformers_is_measured_on_images_of_its_size(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_channels=1, **sizes))
+    sparse_ft.prune(model, 0.9)
+    save_pretrained(model, tmp_path)
+    assert from_pretrained(tmp_path).config.image_size == 16

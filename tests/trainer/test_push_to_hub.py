@@ -11,17 +11,17 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "hub"))
 
-from hub_server import running_hub  # noqa: E402
+from hub_server import WRITE_TOKEN, running_hub  # noqa: E402
 
 TRAIN = """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 from tiny import make_trainer, pruned, {model}
 
 trainer = make_trainer(
     pruned({model}()), sys.argv[2], push_to_hub=True, hub_model_id="user/sparse", save_strategy="epoch",
-    eval_strategy="epoch", hub_strategy="checkpoint", hub_always_push=True,
+    eval_strategy="epoch", hub_strategy="checkpoint", hub_always_push=True, hub_token=os.environ["HF_TOKEN"],
     trainer_options={{"card": {{"license": "mit"}}}},
 )
 trainer.train()
@@ -49,7 +49,14 @@ def test_trainer_pushes_dense_weights_and_the_sparse_card(hub, tmp_path, model):
     files = hub.files("user/sparse")
     assert {"model.safetensors", "config.json", "sparse_ft.json", "README.md"} <= files.keys()
     assert {"last-checkpoint/sparse_masks.safetensors", "last-checkpoint/optimizer.pt"} <= files.keys()
-    assert not any("_saving" in name for name in files)
+    assert not any("_saving" in name or "training_args" in name for name in files)
+    assert not list((tmp_path / "out").glob("_pushing-*"))
+    secret = WRITE_TOKEN.encode()
+    assert not any(secret in content for content in files.values()), "a token was published"
+    kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in kept)
+    assert not any(secret in path.read_bytes() for path in kept), "a token lies in the run's folder"
+    assert WRITE_TOKEN not in done.stdout + done.stderr
     assert json.loads(files["sparse_ft.json"])["sparsity"]["sparsity"] > 0.5
     card = files["README.md"].decode()
     for entry in ("license: mit", "- sparse_ft", "- tiny", "datasets: digits", 'from_pretrained("user/sparse")'):
