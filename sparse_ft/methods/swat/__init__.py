@@ -103,6 +103,10 @@ class SWAT(MaskedTargets, Scheduled):
     def start(self, training: Training) -> None:
         self.attach(training)
         training.refuse_native(self.targets)
+        if self.scope == "momentum" and not all(
+            group.get("momentum") or "betas" in group for group in training.optimizer.param_groups
+        ):
+            raise self.wrong("scope", "momentum needs an optimizer with momentum: SGD with momentum, Adam or AdamW")
         self._began = training.step
         self._adapt(training, self._choose(training))
 
@@ -126,16 +130,16 @@ class SWAT(MaskedTargets, Scheduled):
             module: Any = target.module
             geometry = Geometry.of(module)
             products = Products(geometry, self.policy, self.update_period, cache)
-            self._states[name] = State(products, Active(mask, geometry), self._kept_share(mask))
+            active = Active(mask, target.parameter, geometry)
+            self._states[name] = State(products, active, self._kept_share(active))
             adapt(module, self._states[name])
         if any(isinstance(self.targets[name].module, nn.Conv2d) for name in self._states) and self.policy != "none":
             for module in training.model.modules():
                 follow_layout(module)
 
-    def _kept_share(self, mask: Tensor) -> float:
-        if self.activation_sparsity is not None:
-            return 1.0 - self.activation_sparsity
-        return int(mask.sum()) / mask.numel()
+    def _kept_share(self, active: Active) -> float:
+        """Of the input."""
+        return active.density if self.activation_sparsity is None else 1.0 - self.activation_sparsity
 
     def _choose(self, training: Training) -> dict[str, Tensor]:
         """The weights to use from now on."""
@@ -159,11 +163,9 @@ class SWAT(MaskedTargets, Scheduled):
         """Mean magnitude of the momentum of the weights in use."""
         found = dict(elementwise_state(training.optimizer, self.targets[name].parameter))
         momentum = next((found[key] for key in _MOMENTA if key in found), None)
-        if momentum is None:
-            raise ValueError("scope momentum needs an optimizer with momentum: SGD with momentum, Adam or AdamW")
-        state = self._states.get(name)
-        momentum = momentum.detach() if state is None else momentum.detach()[state.active.mask]
-        return float(momentum.abs().mean()) if momentum.numel() else 0.0
+        if momentum is None:  # it has had no gradient yet
+            return 0.0
+        return float(self._states[name].active.values(momentum).abs().mean())
 
     def before_step(self, training: Training) -> None:
         """Thresholds that were found in this step are those of the first process, for all."""
@@ -177,10 +179,8 @@ class SWAT(MaskedTargets, Scheduled):
         if self._states and self._is_due(training.step):
             for name, mask in self._choose(training).items():
                 if (state := self._states.get(name)) is not None:
-                    state.active = Active(mask, state.products.geometry)
-                    state.threshold = None
-                    if self.activation_sparsity is None:
-                        state.keep = self._kept_share(mask)
+                    state.active = Active(mask, self.targets[name].parameter, state.products.geometry)
+                    state.keep, state.threshold = self._kept_share(state.active), None
 
     def _is_due(self, step: int) -> bool:
         """Whether weights and thresholds are chosen anew after a step."""

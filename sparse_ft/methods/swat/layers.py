@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn import stock_type
 from sparse_ft.ops import BATCH_LAST, CONTIGUOUS, is_batch_last, native_reason
-from sparse_ft.ops.compact import Compact, compact, nth_magnitude
+from sparse_ft.ops.compact import Compact, nth_magnitude
 from sparse_ft.tables import format_table
 
 from .products import Active, Products
@@ -37,37 +37,40 @@ class State:
     kept: int = field(default=0)
     seen: int = field(default=0)
 
-    def compress(self, x: Tensor) -> "Compact | Tensor":
-        """What the weight gradient will need of an input."""
-        x = x.detach()
-        if self.threshold is None and x.numel():
+    def compress(self, x: Tensor, training: bool) -> "Compact | Tensor":
+        """What the weight gradient will need of an input; only a training finds thresholds and counts."""
+        threshold = self.threshold
+        if threshold is None and x.numel():
             # At most so many are above it; where fewer are not zero, all of these.
-            self.threshold = nth_magnitude(x, min(int(self.keep * x.numel()), x.numel() - 1))
-        threshold = self.threshold or 0.0
-        self.seen += x.numel()
-        if native_reason(x) is not None:
-            kept = torch.where(x.abs() <= threshold, 0.0, x)
-            self.kept += int(torch.count_nonzero(kept))
-            return kept
-        geometry = self.products.geometry
-        compressed = compact(x, threshold, flat=geometry.flat, column_step=geometry.stride[1])
-        self.kept += compressed.values.numel()
-        return compressed
+            threshold = nth_magnitude(x, min(int(self.keep * x.numel()), x.numel() - 1))
+        threshold = threshold or 0.0
+        kept = self.products.keep(x, threshold)
+        if training:
+            self.threshold = threshold
+            self.seen += x.numel()
+            self.kept += kept.values.numel() if isinstance(kept, Compact) else int(torch.count_nonzero(kept))
+        return kept
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+        """The output of the layer, with its gradients if they are wanted."""
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+            return _Product.apply(x, weight, bias, self, training)
+        return self.products.forward(x, self.active, self.active.values(weight), bias, training=False)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: State) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: State, training: bool) -> Tensor:
         active = state.active
         values = active.values(weight)
         ctx.products, ctx.active, ctx.shape, ctx.dtype = state.products, active, x.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.compact = None
         with torch._C._AutoDispatchBelowAutograd():
-            y = state.products.forward(x, active, values, bias)
+            y = state.products.forward(x, active, values, bias, training)
             kept: tuple[Tensor, ...] = ()
             if ctx.needs_input_grad[1]:
-                compressed = state.compress(x)
+                compressed = state.compress(x.detach(), training)
                 if isinstance(compressed, Compact):
                     kept = compressed.bits, compressed.start, compressed.values
                     ctx.compact = compressed.shape, compressed.flat, compressed.column_step
@@ -85,10 +88,10 @@ class _Product(torch.autograd.Function):
             grad_x = ctx.products.input_grad(grad, ctx.active, values, ctx.shape)
         if ctx.needs_input_grad[1]:
             whole = kept[0] if ctx.compact is None else Compact(*kept, *ctx.compact)
-            grad_weight = ctx.products.weight_grad(grad, whole, ctx.active).to(ctx.dtype)
+            grad_weight = ctx.products.weight_grad(grad, whole, ctx.active, ctx.shape).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def _in_layout(x: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        return _Product.apply(_in_layout(x), self.weight, self.bias, self.swat)
+        return self.swat.apply(_in_layout(x), self.weight, self.bias, self.training)
 
 
 class SWATLinear(SWATLayer, nn.Linear):
@@ -119,7 +122,8 @@ class SWATLinear(SWATLayer, nn.Linear):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features, 1, 1)
-        y = _Product.apply(_in_layout(tokens), self.weight.view(*self.weight.shape, 1, 1), self.bias, self.swat)
+        weight = self.weight.view(*self.weight.shape, 1, 1)
+        y = self.swat.apply(_in_layout(tokens), weight, self.bias, self.training)
         if native_reason(y) is None:
             y = torch.ops.sparse_ft.to_layout(y, CONTIGUOUS)
         return y.view(*x.shape[:-1], self.out_features)
@@ -166,7 +170,7 @@ def describe(model: nn.Module) -> str:
         used = state.products.operations
         done = used.forward + used.input_grad + used.weight_grad
         rows.append([
-            name, "x".join(map(str, state.active.mask.shape)), f"{1 - state.active.mask.float().mean():.1%}",
+            name, "x".join(map(str, state.active.mask.shape)), f"{1 - state.active.density:.1%}",
             f"{1 - state.kept / state.seen:.1%}" if state.seen else "",
             *(state.products.forms.get(product, "") for product in ("forward", "input_grad", "weight_grad")),
             f"{done / used.dense:.1%}" if used.dense else "",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn.conv import _padding_of
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, SparsePattern, is_batch_last, native_reason
-from sparse_ft.ops.compact import Compact, weight_grad
+from sparse_ft.ops.compact import Compact, compact, weight_grad
 from sparse_ft.ops.native import compute_plainly
 from sparse_ft.tune import TimingCache, duel
 
@@ -44,19 +44,28 @@ class Geometry(NamedTuple):
         """Whether positions are alike."""
         return self.weight_shape[2:] == self.stride == (1, 1) and not any(self.padding)
 
+    def of_input(self, shape: tuple[int, ...]) -> "Geometry":
+        """The same for an input of that shape: a kernel that covers all of it has one position and no taps."""
+        o, i, kh, kw = self.weight_shape
+        if shape[2:] != (kh, kw) or any(self.padding) or self.dilation != (1, 1) or self.groups != 1:
+            return self
+        return Geometry((o, i * kh * kw, 1, 1), (1, 1), self.padding, (1, 1), 1)
+
 
 class Active:
     """The weights in use: `mask` of the dense weight, its pattern, and where they lie in the flat weight."""
 
-    def __init__(self, mask: Tensor, geometry: Geometry):
+    def __init__(self, mask: Tensor, weight: Tensor, geometry: Geometry):
         self.mask = mask
-        shaped = mask.view(geometry.weight_shape)
-        # Where weights are is all that is built; their values change with every step.
         self.pattern, _ = SparsePattern.build(
-            shaped.float(), shaped, stride=geometry.stride, padding=geometry.padding[:2], dilation=geometry.dilation,
-            groups=geometry.groups,
+            weight.detach().reshape(geometry.weight_shape), mask.view(geometry.weight_shape), stride=geometry.stride,
+            padding=geometry.padding[:2], dilation=geometry.dilation, groups=geometry.groups,
         )  # fmt: skip
         self.index = self.pattern.flat_index()
+
+    @property
+    def density(self) -> float:
+        return self.index.numel() / self.mask.numel()
 
     def values(self, weight: Tensor) -> Tensor:
         return weight.detach().reshape(-1).index_select(0, self.index)
@@ -93,7 +102,8 @@ class Products:
     forms: dict[str, str] = field(default_factory=dict)
     operations: Operations = field(default_factory=Operations)
 
-    def forward(self, x: Tensor, active: Active, values: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, active: Active, values: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+        """The output; outside of training nothing is decided and nothing counted."""
         g = self.geometry
 
         def sparse() -> Tensor:
@@ -107,11 +117,12 @@ class Products:
             weight, shift = active.to_dense(values).to(x.dtype), None if bias is None else bias.to(x.dtype)
             return _from_torch(F.conv2d(source, weight, shift, g.stride, padding, g.dilation, g.groups))
 
-        form = self._form("forward", x, active, sparse, dense)
-        if form == SPARSE and (x.shape[0] * x.shape[2] * x.shape[3]) * self.period < _WORTH_GENERATING:
+        form = self._form("forward", x, active, sparse, dense, decides=training)
+        if training and form == SPARSE and (x.shape[0] * x.shape[2] * x.shape[3]) * self.period < _WORTH_GENERATING:
             compute_plainly(active.pattern.tensors)
         y = sparse() if form == SPARSE else dense()
-        self.operations.forward += self._count(y, active if form == SPARSE else None)
+        if training:
+            self.operations.forward += self._count(y, active if form == SPARSE else None)
         return y
 
     def input_grad(self, grad: Tensor, active: Active, values: Tensor, shape: torch.Size) -> Tensor:
@@ -122,15 +133,24 @@ class Products:
 
         def dense() -> Tensor:
             x = grad.new_empty(1).expand(shape)  # its values are not looked at
-            return self._dense_backward(grad, x, active.to_dense(values), 0)
+            return _dense_backward(g, grad, x, active.to_dense(values), 0)
 
         form = self._form("input_grad", grad, active, sparse, dense)
         grad_x = sparse() if form == SPARSE else dense()
         self.operations.input_grad += self._count(grad, active if form == SPARSE else None)
         return grad_x
 
-    def weight_grad(self, grad: Tensor, kept: "Compact | Tensor", active: Active) -> Tensor:
-        g = self.geometry
+    def keep(self, x: Tensor, threshold: float) -> "Compact | Tensor":
+        """What the weight gradient needs of an input: its values whose magnitude is above a threshold."""
+        g = self.geometry.of_input(x.shape)
+        x = x if g is self.geometry else x.reshape(x.shape[0], -1, 1, 1)
+        if native_reason(x) is None:
+            return compact(x, threshold, flat=g.flat, column_step=g.stride[1])
+        return torch.where(x.abs() <= threshold, 0.0, x)
+
+    def weight_grad(self, grad: Tensor, kept: "Compact | Tensor", active: Active, shape: torch.Size) -> Tensor:
+        """The dense weight's gradient from what was kept of an input of that shape."""
+        g = self.geometry.of_input(shape)
         done = 0
 
         def sparse() -> Tensor:
@@ -141,44 +161,25 @@ class Products:
 
         def dense() -> Tensor:
             x = kept if isinstance(kept, Tensor) else kept.to_dense()
-            return self._dense_backward(grad, x, grad.new_empty(1).expand(g.weight_shape), 1)
+            return _dense_backward(g, grad, x, grad.new_empty(1).expand(g.weight_shape), 1)
 
         form = self._form("weight_grad", grad, active, sparse, dense)
         result = sparse() if form == SPARSE else dense()
         every = self._count(grad, None)
         self.operations.weight_grad += done if form == SPARSE else every
-        return result
+        return result.view(self.geometry.weight_shape)
 
-    def _dense_backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
-        """The gradient of the input (0) or of the weight (1)."""
-        g = self.geometry
-        top, left, bottom, right = g.padding
-        uneven = (top, left) != (bottom, right)
-        n, c, h, w = x.shape
-        if uneven:
-            x = (
-                F.pad(_for_torch(x), (left, right, top, bottom))
-                if which
-                else x.new_empty(1).expand(n, c, h + top + bottom, w + left + right)
-            )
-        padding = (0, 0) if uneven else (top, left)
-        gradient = torch.ops.aten.convolution_backward(
-            _for_torch(grad), _for_torch(x), weight.to(grad.dtype), None, g.stride, padding, g.dilation, False, (0, 0),
-            g.groups, (which == 0, which == 1, False),
-        )[which]  # fmt: skip
-        if which == 1:
-            return gradient.contiguous()
-        return _from_torch(gradient[:, :, top : top + h, left : left + w] if uneven else gradient)
-
-    def _form(self, product: str, x: Tensor, active: Active, sparse: Callable, dense: Callable) -> str:
+    def _form(
+        self, product: str, x: Tensor, active: Active, sparse: Callable, dense: Callable, decides: bool = True
+    ) -> str:
         if native_reason(x) is not None or self.policy == "none":
             return DENSE
         if product not in self.forms:
-            if self.policy == "always" or x.numel() == 0:
+            if self.policy == "always" or not decides or x.numel() == 0:
                 return SPARSE
             assert self.cache is not None
-            density = active.index.numel() / max(1, active.mask.numel())
-            key = f"swat {product} {tuple(self.geometry)} {tuple(x.shape)} {density:.2f} {torch.get_num_threads()}"
+            numbers = *self.geometry, *x.shape, round(active.density, 2), torch.get_num_threads()
+            key = f"swat {product} {numbers}"
             timing = self.cache.get(key, lambda: duel({DENSE: dense}, sparse, _BUDGET_S))
             self.cache.save()
             self.forms[product] = SPARSE if timing.sparse_ms < timing.dense_ms else DENSE
@@ -190,6 +191,23 @@ class Products:
         every = positions * shape[0] * shape[1] * shape[2] * shape[3]
         self.operations.dense += every
         return every if active is None else positions * active.index.numel()
+
+
+def _dense_backward(g: Geometry, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+    """The gradient of a dense convolution's input (0) or weight (1); the values of that one are not looked at."""
+    top, left, bottom, right = g.padding
+    padding, uneven = (top, left), (top, left) != (bottom, right)
+    n, c, h, w = x.shape
+    if uneven:
+        padding, whole = (0, 0), (n, c, h + top + bottom, w + left + right)
+        x = x.new_empty(1).expand(whole) if which == 0 else F.pad(_for_torch(x), (left, right, top, bottom))
+    gradient = torch.ops.aten.convolution_backward(
+        _for_torch(grad), _for_torch(x), weight.to(grad.dtype), None, g.stride, padding, g.dilation, False, (0, 0),
+        g.groups, (which == 0, which == 1, False),
+    )[which]  # fmt: skip
+    if which == 1:
+        return gradient.contiguous()
+    return _from_torch(gradient[:, :, top : top + h, left : left + w] if uneven else gradient)
 
 
 def _for_torch(x: Tensor) -> Tensor:

@@ -1,0 +1,326 @@
+"""SWAT: what a layer computes, when weights and thresholds are chosen, and what it leaves behind."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.densenet import DenseNet
+from timm.models.vgg import VGG
+from torch import nn
+
+from sparse_ft import RecipeError, SparseSession
+from sparse_ft.methods.swat import budgets
+from sparse_ft.methods.swat.layers import State, SWATLayer, adapt, describe, restore, swat_layers
+from sparse_ft.methods.swat.products import Active, Geometry, Products
+from sparse_ft.ops.compact import largest_mask
+
+sys.path.append(str(Path(__file__).parents[1] / "session"))
+
+from loop import STEPS, batch, make, train, zeros
+
+FIELDS = "params: ['conv.weight', 'hidden.weight'], sparsity: 0.75, start_epoch: 0, end_epoch: 4"
+
+
+def recipe(fields):
+    return f"modifiers:\n  - !SWATModifier {{{fields}}}\n"
+
+
+def under_swat(layer, *, keep=0.25, kept_input=0.4, policy="always"):
+    geometry = Geometry.of(layer)
+    mask = largest_mask(layer.weight, round(keep * layer.weight.numel()))
+    state = State(Products(geometry, policy, 10), Active(mask, layer.weight, geometry), kept_input)
+    adapt(layer, state)
+    return state
+
+
+def emulated(layer, mask, x, grad, kept_input):
+    """Output and gradients of input, weight and bias in float64, by masks on dense operands."""
+
+    def product(x, weight, bias):
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        if isinstance(layer.padding, str):
+            return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    x, weight = x.detach().double().requires_grad_(), layer.weight.detach().double()
+    bias = None if layer.bias is None else layer.bias.detach().double().requires_grad_()
+    y = product(x, weight * mask, bias)
+    y.backward(grad.double())
+    above = x.detach().abs() > x.detach().abs().flatten().sort(descending=True).values[int(kept_input * x.numel())]
+    sparse, weight = x.detach() * above, weight.requires_grad_()
+    product(sparse, weight, None).backward(grad.double())
+    return y.detach(), x.grad, weight.grad, None if bias is None else bias.grad
+
+
+LAYERS = {
+    "conv": (lambda: nn.Conv2d(6, 20, 3, padding=1), (5, 6, 9, 7)),
+    "stride": (lambda: nn.Conv2d(6, 20, 3, stride=2, padding=1, bias=False), (9, 6, 10, 11)),
+    "pointwise": (lambda: nn.Conv2d(8, 12, 1), (3, 8, 5, 5)),
+    "groups": (
+        lambda: nn.Conv2d(6, 9, (3, 2), stride=(1, 2), padding=(0, 1), dilation=(2, 1), groups=3),
+        (4, 6, 9, 8),
+    ),
+    "whole": (lambda: nn.Conv2d(5, 9, (3, 4), bias=False), (10, 5, 3, 4)),  # a linear layer in effect
+    "same": (lambda: nn.Conv2d(4, 6, 4, padding="same"), (3, 4, 8, 8)),
+    "linear": (lambda: nn.Linear(30, 17), (11, 30)),
+    "tokens": (lambda: nn.Linear(12, 8, bias=False), (2, 5, 12)),
+}
+
+
+@pytest.mark.parametrize("policy", ["always", "none"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_computes_with_large_weights_and_large_inputs(kind, policy):
+    torch.manual_seed(0)
+    make_layer, shape = LAYERS[kind]
+    layer, x = make_layer(), torch.randn(shape, requires_grad=True)
+    state = under_swat(layer, policy=policy)
+    y = layer(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    want = emulated(layer, state.active.mask, x, grad, 0.4)
+    for got, expected in zip((y, x.grad, layer.weight.grad, getattr(layer.bias, "grad", None)), want, strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-4)
+    assert layer.weight.grad[~state.active.mask].any()  # any weight may come to be used
+    assert (state.kept, state.seen) == (int(0.4 * x.numel()), x.numel())
+
+
+@pytest.mark.parametrize("policy", ["always", "none"])
+def test_other_dtypes_are_computed_by_torch(policy):
+    torch.manual_seed(0)
+    layer, x = (
+        nn.Conv2d(6, 20, 3, padding=1).double(),
+        torch.randn(5, 6, 9, 7, dtype=torch.float64, requires_grad=True),
+    )
+    state = under_swat(layer, policy=policy)
+    y = layer(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    want = emulated(layer, state.active.mask, x, grad, 0.4)
+    assert all(
+        torch.allclose(a, b) for a, b in zip((y, x.grad, layer.weight.grad, layer.bias.grad), want, strict=True)
+    )
+
+
+def test_of_inputs_that_are_zero_nothing_is_kept():
+    layer, x = nn.Conv2d(4, 4, 3), torch.zeros(8, 4, 6, 6)
+    x[:, :, 2:4] = torch.randn(8, 4, 2, 6)
+    state = under_swat(layer, kept_input=0.8)
+    layer(x).sum().backward()
+    assert state.threshold == 0.0 and state.kept == int(torch.count_nonzero(x))
+
+
+def test_equal_inputs_never_exceed_the_share():
+    layer, x = nn.Conv2d(4, 4, 3), torch.ones(8, 4, 6, 6)
+    x[:2] = 2.0
+    state = under_swat(layer, kept_input=0.5)
+    layer(x).sum().backward()
+    assert state.kept == int((x == 2).sum())
+
+
+def test_weights_and_thresholds_are_chosen_every_period():
+    model, optimizer, session = make(recipe(f"{FIELDS}, update_period: 4, policy: always"))
+    seen = []
+
+    def note(step):
+        state = model.hidden.swat if isinstance(model.hidden, SWATLayer) else None
+        seen.append(None if state is None else (state.active.mask.clone(), state.threshold))
+
+    train(model, optimizer, session, 17, each=note)
+    masks, thresholds = zip(*seen, strict=True)
+    assert [step for step in range(1, 17) if not torch.equal(masks[step], masks[step - 1])] == [4, 8, 12, 16]
+    assert all(int(mask.sum()) == mask.numel() // 4 for mask in masks)
+    # Found in the step after the choice, and in use until the next.
+    assert [step for step in range(17) if thresholds[step] is None] == [0, 4, 8, 12, 16]
+    assert all(thresholds[step] == thresholds[step + 1] for step in (1, 2, 5, 6, 9, 10))
+    assert thresholds[3] != thresholds[5]
+
+
+def test_masters_are_dense_until_the_end_and_pruned_then():
+    model, optimizer, session = make(recipe(f"{FIELDS}, policy: always"))
+    train(model, optimizer, session, 4 * STEPS - 1)
+    assert zeros(model, "conv.weight", "hidden.weight") == 0.0 and not session.masks and not session.settled
+    largest = largest_mask(model.hidden.weight, model.hidden.weight.numel() // 4)
+    train(model, optimizer, session, 1)
+    assert torch.equal(session.masks["hidden.weight"], largest) and session.settled
+    assert type(model.conv) is nn.Conv2d and type(model.hidden) is nn.Linear and type(model.norm) is nn.BatchNorm2d
+
+
+def test_a_training_that_stops_early_leaves_stock_layers(caplog):
+    model, optimizer, session = make(recipe(f"{FIELDS}, policy: always"))
+    train(model, optimizer, session, 7)
+    session.finalize()
+    assert "are to be pruned to a sparsity of 0.75" in caplog.text
+    assert type(model.conv) is nn.Conv2d and not hasattr(model.conv, "swat") and type(model.norm) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("policy", ["always", "none"])
+def test_evaluation_leaves_the_training_alone(policy):
+    def run(evaluates):
+        model, optimizer, session = make(recipe(f"{FIELDS}, update_period: 4, policy: {policy}"))
+
+        def evaluate(step):
+            if evaluates:
+                state = model.conv.swat if step < 4 * STEPS - 1 else None
+                before = None if state is None else (state.threshold, state.kept, state.active)
+                model.eval()
+                with torch.no_grad():
+                    model(10 * batch(step)[0])
+                model(10 * batch(step)[0]).sum().backward()  # a saliency map, say
+                optimizer.zero_grad()
+                model.train()
+                with torch.no_grad():
+                    model.conv(10 * model.stem(batch(step)[0]))
+                assert state is None or before == (state.threshold, state.kept, state.active)
+
+        train(model, optimizer, session, 4 * STEPS, each=evaluate)
+        return model.state_dict()
+
+    alone, watched = run(False), run(True)
+    assert all(torch.equal(tensor, watched[name]) for name, tensor in alone.items())
+
+
+def test_policies_agree():
+    losses = {}
+    for policy in ("always", "none", "auto"):
+        model, optimizer, session = make(recipe(f"{FIELDS}, policy: {policy}"))
+        train(model, optimizer, session, 12)
+        images, labels = batch(0)
+        losses[policy] = float(F.cross_entropy(model.eval()(images), labels).detach())
+    assert losses["always"] == pytest.approx(losses["none"], rel=1e-3)
+    assert losses["auto"] == pytest.approx(losses["none"], rel=1e-3)
+
+
+def test_accumulated_batches_share_one_threshold():
+    model, optimizer, session = make(recipe(f"{FIELDS}, policy: always"))
+    train(model, optimizer, session, 1)
+    thresholds = []
+    for step in (0, 1):
+        images, labels = batch(step)
+        F.cross_entropy(model(images), labels).backward()
+        thresholds.append(model.conv.swat.threshold)
+    assert thresholds[0] is not None and thresholds[0] == thresholds[1]
+
+
+def networks():
+    yield "resnet", timm.create_model("test_resnet", num_classes=4)
+    yield (
+        "wide_resnet",
+        timm.models.ResNet(
+            timm.models.resnet.Bottleneck,
+            (1, 1, 1, 1),
+            channels=(8, 8, 16, 16),
+            base_width=128,
+            num_classes=4,
+            stem_width=8,
+        ),
+    )
+    yield "vgg", VGG([8, "M", 16, "M", 16, "M"], num_classes=4)
+    yield "densenet", DenseNet(growth_rate=8, block_config=(2, 2), num_classes=4)
+
+
+@pytest.mark.parametrize("name", ["resnet", "wide_resnet", "vgg", "densenet"])
+def test_networks_of_timm_train(name):
+    torch.manual_seed(0)
+    model = dict(networks())[name]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    fields = "params: __ALL_PRUNABLE__, sparsity: 0.8, start_epoch: 0, end_epoch: 2, update_period: 3, policy: always"
+    session = SparseSession(model, recipe(fields), optimizer, 10, total_steps=20)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    images += labels.view(-1, 1, 1, 1)
+    losses = []
+    for step in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        session.before_step()
+        optimizer.step()
+        session.after_step()
+        losses.append(loss.item())
+        if step == 5:
+            layers = swat_layers(model)
+            convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+            assert convolutions[0] not in layers and set(convolutions[1:]) <= set(layers)
+            used = [layer.swat.products.operations for layer in layers.values()]
+            done = sum(each.forward + each.input_grad + each.weight_grad for each in used)
+            assert 0.15 < done / sum(each.dense for each in used) < 0.21
+            assert all(name in describe(model) for name in layers)
+    assert losses[-1] < 0.97 * losses[0]
+    report = session.finalize()
+    assert report.layers[0].nnz == report.layers[0].numel
+    pruned = [layer for layer in report.layers if layer.nnz < layer.numel]
+    assert sum(layer.nnz for layer in pruned) == pytest.approx(
+        0.2 * sum(layer.numel for layer in pruned), abs=len(pruned)
+    )
+
+
+def test_erk_takes_the_first_convolution_too():
+    model, optimizer, session = make(
+        recipe("params: __ALL_PRUNABLE__, sparsity: 0.75, start_epoch: 0, end_epoch: 4, scope: erk, policy: none")
+    )
+    train(model, optimizer, session, 2)
+    parts = [model.stem, model.conv, model.hidden, model.head]
+    sizes = [layer.weight.numel() for layer in parts]
+    kept = [p.swat.active.index.numel() if isinstance(p, SWATLayer) else p.weight.numel() for p in parts]
+    assert sum(kept) == sum(sizes) - round(0.75 * sum(sizes))
+    assert model.hidden.swat.active.density < model.conv.swat.active.density
+
+
+def test_budget_by_momentum_goes_where_momentum_is_large():
+    kept = budgets.momentum({"a": 3.0, "b": 1.0, "c": 1.0}, {"a": 1000, "b": 1000, "c": 1000}, 500)
+    assert kept == {"a": 300, "b": 100, "c": 100}
+    capped = budgets.momentum({"a": 8.0, "b": 1.0, "c": 1.0}, {"a": 100, "b": 1000, "c": 1000}, 501)
+    assert capped["a"] == 99 and sum(capped.values()) == 501 and abs(capped["b"] - capped["c"]) <= 1
+    assert sum(budgets.momentum({"a": 0.0, "b": 0.0}, {"a": 10, "b": 90}, 40).values()) == 40
+
+
+def test_momentum_needs_an_optimizer_that_has_one():
+    model, _, _ = make(recipe(FIELDS))
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = SparseSession(model, recipe(f"{FIELDS}, scope: momentum, update_period: 1, policy: none"), plain, STEPS)
+    with pytest.raises(RecipeError, match="needs an optimizer with momentum"):
+        train(model, plain, session, 3)
+
+
+@pytest.mark.parametrize(("structure", "dims"), [("channel", (2, 3)), ("filter", (1, 2, 3))])
+def test_structures_are_chosen_whole_by_their_sum(structure, dims):
+    weight = torch.randn(6, 5, 3, 3)
+    mask = budgets.active_mask(weight, weight.numel() // 3, structure)
+    counts = mask.sum(dims)
+    assert set(counts.flatten().tolist()) == {0, weight.numel() // counts.numel()}
+    sums = weight.abs().sum(dims)
+    assert sums[counts > 0].min() > sums[counts == 0].max()
+    linear = torch.randn(6, 5)
+    assert torch.equal(budgets.active_mask(linear, 10, structure), largest_mask(linear, 10))
+
+
+def test_restored_layers_are_what_they_were():
+    layer = nn.Conv2d(3, 4, 3)
+    x = torch.randn(2, 3, 5, 5)
+    want, keys = layer(x), list(layer.state_dict())
+    under_swat(layer)
+    assert list(layer.state_dict()) == keys and not torch.equal(layer(x), want)
+    restore(layer)
+    assert torch.equal(layer(x), want) and vars(layer).keys() == vars(nn.Conv2d(3, 4, 3)).keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("params: ['norm.weight'], sparsity: 0.5, start_epoch: 0, end_epoch: 4", "norm.weight cannot train with SWAT"),
+        (
+            "params: ['conv.bias'], sparsity: 0.5, start_epoch: 0, end_epoch: 4",
+            "conv.bias is not the weight of a layer",
+        ),
+        ("params: [conv], sparsity: 0.5, start_epoch: 0, end_epoch: -1", "must be an epoch after start_epoch"),
+        ("params: [conv], sparsity: 0.5, start_epoch: 0, end_epoch: 4, update_period: 0", "at least 1"),
+        ("params: [conv], sparsity: 1.0, start_epoch: 0, end_epoch: 4", "below 1"),
+    ],
+)
+def test_what_is_wrong_is_said(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        make(recipe(fields))
