@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 import bench  # noqa: E402
-from benchmarks import inference, kernels, memory, models, page, training  # noqa: E402
+from benchmarks import inference, kernels, memory, models, page, swat, training  # noqa: E402
 from benchmarks.case import Case, Settings  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 
 SETTINGS = Settings(threads=1, rounds=1)
 TINY = models.Workload("test_resnet", 0.95, 2, 32)
-CASES = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases()]
+CASES = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases(), *swat.cases()]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def alone(tmp_path, monkeypatch):
 
 def test_cases_have_names_of_their_own():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 25
+    assert len(set(names)) == len(names) == 29
     assert len([name for name in names if re.match(r"train/.*-70-", name)]) == 6
 
 
@@ -80,6 +80,7 @@ def figures():
             "ms": {"sparse": 2.0, "dense contiguous": 3.0, "dense channels_last": 4.0,
                    "dense bf16 channels_last": 5.0, "onnxruntime": 1.0},
         }  # fmt: skip
+        found["swat/tiny"] = swat.measure(models.Workload("test_resnet", 0.9, 8, 32), SETTINGS)
         found["pattern"] = kernels.measure_pattern(SETTINGS)
     return found
 
@@ -109,6 +110,13 @@ def test_each_gradient_is_computed_alone():
     assert sparse.weight.grad is None and sparse.weight.requires_grad
 
 
+def test_what_swat_keeps_and_computes(figures):
+    row = figures["swat/tiny"]
+    assert row["kept_mib"]["swat"] < row["kept_mib"]["dense"] and row["sparse_products"] <= row["products"]
+    assert row["weights_mib"]["values"] == pytest.approx(0.1 * row["weights_mib"]["dense"], rel=0.01)
+    assert all(0.05 < share <= 1 for share in row["operations"].values())
+
+
 def test_tables(sections):
     training_text = sections["training"]
     assert "| left dense | 1.00 |" in training_text and "| 40 / 30 | 8 | 10 | 3.00 | 0.80 | 6 / 5 |" in training_text
@@ -117,6 +125,7 @@ def test_tables(sections):
     assert "| 0.100 | 0.0 | 512 | 0.50 |" in sections["memory"]
     assert "| torch CSR |" in sections["linear"] and "weight gradient, GF/s (share of peak)" in sections["linear"]
     assert "1.00 / 1.00 / 1.00" in sections["convolutions"]
+    assert "(10.0%)" in sections["swat"] and "tiny, 90%, batch 8, 32²" in sections["swat"]
     assert "| FMA from registers | 100 | 1.00 |" in sections["roofs"]
 
 

@@ -29,6 +29,8 @@ def sections(results: dict) -> dict[str, str]:
         texts["inference"] = _inference(rows)
     if rows := those("memory/"):
         texts["memory"] = "\n\n".join(map(_memory, rows))
+    if rows := those("swat/"):
+        texts["swat"] = _swat(rows)
     if rows := those("linear-"):
         texts["linear"] = _packages(rows) + "\n\n" + _products(rows)
     if rows := those("conv-"):
@@ -66,6 +68,28 @@ def _roofs(roofs: dict[str, float]) -> str:
     peak = roofs["FMA from registers"]
     rows = [[name, f"{rate:.0f}", f"{rate / peak:.2f}"] for name, rate in roofs.items()]
     return table(["roof of one core", "GF/s", "share of peak"], rows)
+
+
+def _swat(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        sparsity, kept, weights = row["workload"]["sparsity"], row["kept_mib"], row["weights_mib"]
+        done = row["operations"]
+        share = sum(done.values()) / 3
+        swat_weights = weights["values"] + weights["positions"]
+        lines.append([
+            row["title"], f"{row['dense_ms']:.0f}", f"{row['swat_ms']:.0f}", f"{row['dense_ms'] / row['swat_ms']:.2f}",
+            f"{row['choosing_ms'] / row['period'] / row['swat_ms']:.1%}",
+            f"{row['sparse_products']} of {row['products']}",
+            f"{share:.1%} ({1 - sparsity:.1%})", f"{kept['dense']:.0f} / {kept['swat']:.0f}",
+            f"{weights['dense']:.1f} / {swat_weights:.1f}",
+        ])  # fmt: skip
+    headers = [
+        "training step under SWAT", "dense fp32, ms", "SWAT, ms", "× dense fp32", "choosing weights, share of a step",
+        "sparse products", "multiply-adds, of dense ones (paper's model)", "kept for backward, dense / SWAT, MiB",
+        "weights read in backward, dense / SWAT, MiB",
+    ]  # fmt: skip
+    return table(headers, lines)
 
 
 def _training(rows: list[dict]) -> str:
