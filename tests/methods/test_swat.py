@@ -106,6 +106,26 @@ def test_other_dtypes_are_computed_by_torch(policy):
     )
 
 
+def test_a_norm_may_stand_right_before_a_convolution():
+    def train_step(policy):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten()
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        fields = f"params: ['2.weight'], sparsity: 0.5, start_epoch: 0, end_epoch: 2, policy: {policy}"
+        session = SparseSession(model, recipe(fields), optimizer, 5)
+        for _ in range(3):
+            model(torch.randn(8, 3, 8, 8)).square().mean().backward()
+            session.before_step()
+            optimizer.step()
+            session.after_step()
+        return model.state_dict()
+
+    sparse, dense = train_step("always"), train_step("none")
+    assert all(torch.allclose(tensor, dense[name], rtol=1e-3, atol=1e-5) for name, tensor in sparse.items())
+
+
 def test_of_inputs_that_are_zero_nothing_is_kept():
     layer, x = nn.Conv2d(4, 4, 3), torch.zeros(8, 4, 6, 6)
     x[:, :, 2:4] = torch.randn(8, 4, 2, 6)

@@ -95,6 +95,8 @@ class _Product(torch.autograd.Function):
 
 
 def _in_layout(x: Tensor) -> Tensor:
+    if type(x) is not Tensor:
+        x = x.view_as(x)  # a norm's deferred output has no memory yet
     if native_reason(x) is not None or is_batch_last(x):
         return x
     return torch.ops.sparse_ft.to_layout(x, BATCH_LAST)
