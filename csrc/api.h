@@ -12,8 +12,8 @@
 
 namespace sparse_ft {
 
-// A 4-D activation (sample n, channel c, row y, column x); strides in floats. Either n (batch-last)
-// or c (channels-last, token-major) has stride 1.
+// A 4-D activation (sample n, channel c, row y, column x); strides in floats. Either n has stride 1 (batch-last),
+// or there is one position and c has (token-major): generated products are right for no other layout.
 struct View {
     float* data;
     int64_t n, c, y, x;

@@ -54,8 +54,10 @@ struct Bytes {
     int64_t small(int64_t low, int64_t high) { return low + byte() % (high - low + 1); }
 };
 
+char described[512];  // the numbers of the product that is computed
+
 void fail(const char* what) {
-    std::fprintf(stderr, "fuzz: %s\n", what);
+    std::fprintf(stderr, "fuzz: %s\n%s\n", what, described);
     std::abort();
 }
 
@@ -126,7 +128,10 @@ float& at(const View& v, int64_t n, int64_t c, int64_t y, int64_t x) {
 
 void compare(const float* got, const std::vector<double>& expected, const std::vector<double>& size) {
     for (size_t i = 0; i < expected.size(); ++i)
-        if (!(std::abs(got[i] - expected[i]) <= 1e-4 * (1 + size[i]))) fail("a product differs from plain loops");
+        if (!(std::abs(got[i] - expected[i]) <= 1e-4 * (1 + size[i]))) {
+            std::fprintf(stderr, "fuzz: number %zu is %g, not %g\n", i, double(got[i]), expected[i]);
+            fail("a product differs from plain loops");
+        }
 }
 
 void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
@@ -141,25 +146,32 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
         c.padding[size_t(i)] = in.number(0, 3);
         c.dilation[size_t(i)] = in.number(1, 3);
     }
+    // The two ways in which the core is called: a convolution in batch-last layout, a linear layer token by token.
+    const bool batch_last = in.byte() % 3 != 0;
+    if (!batch_last) {
+        c.weight[2] = c.weight[3] = 1;
+        c.stride = c.dilation = {1, 1};
+        c.padding = {0, 0};
+    }
     check(c);
     const int64_t rows = c.weight[0], channels = c.weight[1] * c.groups, taps = c.weight[2] * c.weight[3];
     const int64_t cols = c.weight[1] * taps, phases = c.stride[0] * c.stride[1];
-    const int64_t n = in.number(0, 40), height = in.number(1, 12), width = in.number(1, 12);
+    const int64_t n = in.number(0, 40), height = batch_last ? in.number(1, 12) : 1,
+                  width = batch_last ? in.number(1, 12) : 1;
     product_of({n, height, width});
     Two out;
     for (int i = 0; i < 2; ++i) {
-        const int64_t after = in.number(0, 3);  // padding below and to the right
+        const int64_t after = batch_last ? in.number(0, 3) : 0;  // padding below and to the right
         const int64_t extent = (i ? width : height) + c.padding[size_t(i)] + after;
         const int64_t reach = c.dilation[size_t(i)] * (c.weight[size_t(2 + i)] - 1) + 1;
         if (after < 0 || after > (1 << 20) || extent < reach) throw TooLarge();
         out[size_t(i)] = (extent - reach) / c.stride[size_t(i)] + 1;
     }
-    const bool source_batch_last = in.byte() % 3 != 0, dest_batch_last = in.byte() % 3 != 0;
     const bool at_end = in.byte() % 2;
     Floats x(product_of({n, channels, height, width}), guarded, at_end),
         y(product_of({n, rows, out[0], out[1]}), guarded, at_end);
-    const View vx = layout(x.get(), n, channels, height, width, source_batch_last);
-    const View vy = layout(y.get(), n, rows, out[0], out[1], dest_batch_last);
+    const View vx = layout(x.get(), n, channels, height, width, batch_last);
+    const View vy = layout(y.get(), n, rows, out[0], out[1], batch_last);
 
     // The pattern of a random mask, through the functions that make patterns.
     const int64_t numel = product_of({rows, cols});
@@ -194,6 +206,14 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
         spoilt |= value != entry;
         entry = value;
     }
+    std::snprintf(
+        described, sizeof described,
+        "%s product %d: weight %ld %ld %ld %ld, groups %ld, stride %ld %ld, padding %ld %ld, dilation %ld %ld, "
+        "input %ld %ld %ld, output %ld %ld, batch-last %d, nnz %ld, threads %d",
+        kernels.name, which, long(c.weight[0]), long(c.weight[1]), long(c.weight[2]), long(c.weight[3]),
+        long(c.groups), long(c.stride[0]), long(c.stride[1]), long(c.padding[0]), long(c.padding[1]),
+        long(c.dilation[0]), long(c.dilation[1]), long(n), long(height), long(width), long(out[0]), long(out[1]),
+        batch_last, long(nnz), threads);
     const bool well_formed = validate_rows(row_ptr.get(), rows, col.get(), nnz, cols) == nullptr;
     Programs programs;
     const int repeats = guarded ? 2 : 1;  // the second time, a generated program is found
@@ -329,7 +349,7 @@ std::unique_ptr<PoolAxis> pool_axis(Bytes& in, bool maximum) {
     for (int64_t i = in.small(0, 6); i > 0; --i) {
         first.push_back(int32_t(in.number(-3, 12)));
         if (maximum) continue;
-        end.push_back(first.back() + int32_t(in.small(0, 4)));
+        end.push_back(int32_t(int64_t(first.back()) + (first.back() < 100 ? in.small(0, 4) : 0)));
         scale.push_back(0.5f);
     }
     if (maximum)

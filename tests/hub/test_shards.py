@@ -1,9 +1,12 @@
 """Weights written tensor by tensor: the same bytes as by safetensors, in one file or in shards."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Fault
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_resnet, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -120,3 +123,37 @@ def test_sizes(text, expected):
 def test_sizes_that_are_none(text):
     with pytest.raises(ModelError, match="a size reads 5GB"):
         size_in_bytes(text)
+
+
+@pytest.mark.parametrize("broken", ["upload", "commit"])
+def test_a_push_that_broke_off_goes_on(hub, run_client, tmp_path, broken):
+    """What had arrived is not sent again: the server keeps the objects, and the client asks which it has."""
+    hub.upload_mode = "lfs"
+    save_pretrained(tiny_bert(), tmp_path / "model", max_shard_size="20KB")
+    shards = len(list((tmp_path / "model").rglob("*.safetensors")))
+    assert shards > 4
+    if broken == "commit":
+        hub.faults = [Fault("POST", "/commit/", status=403)]
+    else:
+        hub.faults = [Fault("PUT", f"/{last_object(tmp_path)}$", status=403)]
+    code = """
+        import sparse_ft
+        try:
+            print(sparse_ft.push_to_hub("model", "user/tiny"))
+        except ValueError as error:
+            print("REFUSED", error)
+    """
+    assert "REFUSED" in run_client(code)
+    assert not hub.files("user/tiny"), "nothing half-written is published"
+    arrived = len(hub.lfs_objects)
+    hub.requests.clear()
+    assert "REFUSED" not in run_client(code)
+    sent = [path for method, path in hub.requests if method == "PUT"]
+    assert arrived > 0 and len(sent) == shards - arrived
+    assert sum(name.endswith(".safetensors") for name in hub.files("user/tiny")) == shards
+
+
+def last_object(folder: Path) -> str:
+    """Id of the object that holds the last file."""
+    last = max((folder / "model").rglob("*.safetensors"), key=lambda path: path.as_posix())
+    return hashlib.sha256(last.read_bytes()).hexdigest()
