@@ -273,7 +273,8 @@ class Card(Kind):
         try:
             card = model_card(
                 library="timm", model_class=text(), task="image-classification", report=self.report, metrics=metrics,
-                has_recipe=False, card={**given, "datasets": text()},
+                recipe=draw.choice([None, text()]), has_compact=draw.random() < 0.5,
+                card={**given, "datasets": text()},
             )  # fmt: skip
             card.save(path)
         except ValueError:  # of us, or of the Hub's own card classes
