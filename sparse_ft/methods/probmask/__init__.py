@@ -32,6 +32,7 @@ class ProbMask(MaskedTargets, Scheduled):
     source = "Zhou et al. 2021 (Effective sparsification of neural networks with global sparsity constraint, CVPR)"
     completes = True
     changes_loss = True
+    needs_training = True
     dense_until_end = True
 
     params: Any = field(TARGETS, ALL_PRUNABLE, doc="The weights.")
