@@ -258,10 +258,10 @@ def gather(folder: Path, study: Study) -> None:
         last = run["points"][-1]
         rows.append([
             run["run"] + ("" if run["finished"] else f" (stopped at epoch {last['epoch']:g})"),
-            f"{last['sparsity']:.1%}", f"{last['accuracy']:.2%}", f"{max(p['accuracy'] for p in run['points']):.2%}",
+            f"{last['sparsity']:.1%}", f"{last['accuracy']:.2%}",
             f"{last['native']}", f"{last['cpu_seconds']:.0f}", f"{last['peak_mib']}",
         ])  # fmt: skip
-    headers = ["run", "zeros in pruned layers", "accuracy at the end", "best", "native layers", "CPU s", "peak MiB"]
+    headers = ["run", "zeros in pruned layers", "accuracy at the end", "native layers", "CPU s", "peak MiB"]
     with replacing(folder / "results.md") as temporary:
         temporary.write_text(markdown_table(headers, rows), encoding="utf-8")
     plot(runs, folder / "results.png")
