@@ -36,6 +36,8 @@ for name in ("checkpoint-5/model.safetensors", "_scratch/x", "training_args.bin"
     path.write_text("private")
 print(push_to_hub("run", "bert", private=True))
 print(push_to_hub("run", "user/bert", revision="tuned"))
+push_to_hub("run", "user/small")
+push_to_hub("run", "user/small", compact_only=True, values_dtype=torch.bfloat16)
 pathlib.Path("run", "README.md").write_text("# Changed")
 print(push_to_hub("run", "user/bert", create_pr=True, commit_message="Another card"))
 
@@ -102,6 +104,12 @@ def test_push_and_stock_load(hub, run_client, upload_mode):
     assert hub.repositories["user/bert"].private and not hub.repositories["user/resnet"].private
     assert "num_classes" not in json.loads(hub.files("user/resnet")["config.json"])["model_args"]
     assert b'hf-hub:user/resnet"' in hub.files("user/resnet")["README.md"]
+    card = hub.files("user/bert")["README.md"]
+    assert b'from_pretrained("user/bert")' in card and b"USER/NAME" not in card
+    assert {"config.json", "sparse/config.json", "sparse/model.safetensors"} <= set(hub.files("user/small"))
+    assert "model.safetensors" not in hub.files("user/small")
+    exact, rounded = (hub.files(f"user/{name}")["sparse/model.safetensors"] for name in ("bert", "small"))
+    assert len(rounded) < len(exact)
 
     stock = run_client(STOCK, home="stock")
     assert stock.splitlines() == ["class 3"] + 6 * ["True"]
