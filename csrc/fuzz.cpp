@@ -360,7 +360,7 @@ std::unique_ptr<PoolAxis> pool_axis(Bytes& in, bool maximum) {
 void fuzz_pool(Bytes& in, const Kernels& kernels) {
     const bool maximum = in.byte() % 2;
     const auto y = pool_axis(in, maximum), x = pool_axis(in, maximum);
-    if (maximum && y->windows.taps * x->windows.taps > 255) throw TooLarge();  // refused above this level
+    if (maximum && int64_t(y->windows.taps) * x->windows.taps > 255) throw TooLarge();  // refused above this level
     const int64_t batch = in.small(0, 40), channels = in.small(0, 3);
     const int64_t from = product_of({batch, channels, y->windows.size, x->windows.size});
     const int64_t to = product_of({batch, channels, y->windows.count, x->windows.count});
