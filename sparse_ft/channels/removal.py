@@ -13,7 +13,7 @@ from sparse_ft.steps import call
 from sparse_ft.tables import format_table
 
 from .analysis import analyze_channels, evaluating, same_outputs
-from .subnetwork import chosen
+from .subnetwork import chosen, take
 from .tracing import tensors_of
 from .units import FIXED, ChannelError, Channels, slices_of
 
@@ -159,8 +159,7 @@ def remove_channels(model: nn.Module, inputs: Any, *, constants: bool = False) -
             continue
         module = model.get_submodule(place.layer)
         whole = getattr(module, place.key)
-        taken = whole if cut.rows is None else whole.index_select(0, cut.rows)
-        taken = taken if cut.columns is None else taken.index_select(1, cut.columns)
+        taken = take(whole, cut.rows, cut.columns)
         cuts[place.layer, place.key] = _Cut(cut.rows, cut.columns, whole.shape)
         _replace(module, place.key, taken)
         if place.kind == "weight":

@@ -19,26 +19,33 @@ from sparse_ft.masks.targets import unwrap
 from .units import Channels, slices_of
 
 
+def take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """A copy of the slices along the first and the second dimension; None takes all."""
+    return tensor[_index(rows, columns)]
+
+
+def _index(rows: Tensor | None, columns: Tensor | None) -> Any:
+    if rows is None:
+        return slice(None) if columns is None else (slice(None), columns)
+    return rows if columns is None else (rows[:, None], columns)
+
+
 class _Take(torch.autograd.Function):
-    """Slices of a tensor along its first and its second dimension; None takes all."""
+    """`take`, and back: the gradient is zero where nothing was taken."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, columns)
         ctx.shape = tensor.shape
-        taken = tensor if rows is None else tensor.index_select(0, rows)
-        return taken if columns is None else taken.index_select(1, columns)
+        return take(tensor, rows, columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows, columns = ctx.saved_tensors
-        for dim, index in ((1, columns), (0, rows)):
-            if index is not None:
-                shape = list(grad.shape)
-                shape[dim] = ctx.shape[dim]
-                grad = grad.new_zeros(shape).index_copy_(dim, index, grad)
-        return grad, None, None
+        whole = grad.new_zeros(ctx.shape)
+        whole[_index(rows, columns)] = grad
+        return whole, None, None
 
 
 @dataclass

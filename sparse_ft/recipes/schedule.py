@@ -189,6 +189,8 @@ def _row(track: Track) -> list[str]:
 
 def _targets(modifier: Modifier) -> str:
     names = getattr(modifier, "params", "")
+    if names is None:
+        return "by default"
     if isinstance(names, str):
         return names
     more = f" and {len(names) - _SHOWN_TARGETS} more" if len(names) > _SHOWN_TARGETS else ""
