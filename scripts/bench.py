@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks import inference, kernels, memory, page, swat, training
+from benchmarks import channels, inference, kernels, memory, page, swat, training
 from benchmarks.case import Case, Settings
 from benchmarks.machine import machine
 
@@ -25,7 +25,7 @@ from sparse_ft.memory import keep_freed_memory
 
 
 def all_cases() -> dict[str, Case]:
-    found = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases(), *swat.cases()]
+    found = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases(), *swat.cases(), *channels.cases()]
     return {case.name: case for case in found}
 
 

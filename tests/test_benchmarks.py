@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 import bench  # noqa: E402
-from benchmarks import inference, kernels, memory, models, page, swat, training  # noqa: E402
+from benchmarks import channels, inference, kernels, memory, models, page, swat, training  # noqa: E402
 from benchmarks.case import Case, Settings  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 
 SETTINGS = Settings(threads=1, rounds=1)
 TINY = models.Workload("test_resnet", 0.95, 2, 32)
-CASES = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases(), *swat.cases()]
+CASES = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases(), *swat.cases(), *channels.cases()]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def alone(tmp_path, monkeypatch):
 
 def test_cases_have_names_of_their_own():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 29
+    assert len(set(names)) == len(names) == 32
     assert len([name for name in names if re.match(r"train/.*-70-", name)]) == 6
 
 
@@ -81,6 +81,12 @@ def figures():
                    "dense bf16 channels_last": 5.0, "onnxruntime": 1.0},
         }  # fmt: skip
         found["swat/tiny"] = swat.measure(models.Workload("test_resnet", 0.9, 8, 32), SETTINGS)
+        patch.setattr(channels, "KEEP", (0.5,))
+        found["channels/tiny"] = channels.measure(channels.Network("tiny", "test_resnet", 2, 32), SETTINGS)
+        found["channels/fast"] = {
+            "title": "fast", "ms": {"dense contiguous": 50.0, "dense channels_last": 40.0, "one 0.5": 20.0},
+            "operations": {"0.5": 0.25},
+        }  # fmt: skip
         found["pattern"] = kernels.measure_pattern(SETTINGS)
     return found
 
@@ -98,6 +104,12 @@ def test_layers(figures):
     assert "step" not in row["rivals"]["torch CSR"] and row["rivals"]["torch dense"]["step"] > 0
     assert [(row["threads"], row["kernel"]) for row in figures["conv-90"]["rows"]] == [(1, 3), (1, 1), (2, 3), (2, 1)]
     assert torch.get_num_threads() == 1
+
+
+def test_sub_networks(figures):
+    tiny = figures["channels/tiny"]
+    assert set(tiny["ms"]) == {"dense contiguous", "dense channels_last", "one 0.5", "both 0.5"}
+    assert 0.1 < tiny["operations"]["0.5"] < 0.5
 
 
 def test_each_gradient_is_computed_alone():
@@ -123,6 +135,7 @@ def test_tables(sections):
     assert "tiny, 95%, batch 2, 32² against dense bf16 (0.80)" in training_text
     assert "against onnxruntime (0.50)" in sections["inference"]
     assert "| 0.100 | 0.0 | 512 | 0.50 |" in sections["memory"]
+    assert "| 50% of the channels, one | 0.250 | 20 | 2.00 | 3.00 | 0.67 |" in sections["channels"]
     assert "| torch CSR |" in sections["linear"] and "weight gradient, GF/s (share of peak)" in sections["linear"]
     assert "1.00 / 1.00 / 1.00" in sections["convolutions"]
     assert "(10.0%)" in sections["swat"] and "tiny, 90%, batch 8, 32²" in sections["swat"]

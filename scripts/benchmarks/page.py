@@ -31,6 +31,8 @@ def sections(results: dict) -> dict[str, str]:
         texts["memory"] = "\n\n".join(map(_memory, rows))
     if rows := those("swat/"):
         texts["swat"] = _swat(rows)
+    if rows := those("channels/"):
+        texts["channels"] = "\n\n".join(map(_channels, rows))
     if rows := those("linear-"):
         texts["linear"] = _packages(rows) + "\n\n" + _products(rows)
     if rows := those("conv-"):
@@ -169,6 +171,23 @@ def _memory(case: dict) -> str:
         f"{case['title']}, {case['optimizer']}; MB", "weights", "gradients", "optimizer", "together", "of dense fp32",
         "sparse indices", "peak of the process", "of dense fp32",
     ]  # fmt: skip
+    return table(headers, rows)
+
+
+def _channels(case: dict) -> str:
+    """Against the faster dense layout, beside what the count of operations promises."""
+    dense = min(ms for name, ms in case["ms"].items() if name.startswith("dense"))
+    rows = [["dense", "", f"{dense:.0f}", "1.00", "", ""]]
+    for name, ms in case["ms"].items():
+        if name.startswith("dense"):
+            continue
+        backward, keep = name.split()
+        promised = (0.75 if backward == "one" else 0.5) / case["operations"][keep]
+        rows.append([
+            f"{float(keep):.0%} of the channels, {backward}", f"{case['operations'][keep]:.3f}", f"{ms:.0f}",
+            f"{dense / ms:.2f}", f"{promised:.2f}", f"{dense / ms / promised:.2f}",
+        ])  # fmt: skip
+    headers = [case["title"], "operations of a sub-network (f)", "step, ms", "× dense", "0.75/f or 0.5/f", "reached"]
     return table(headers, rows)
 
 

@@ -85,8 +85,17 @@ class SubNetwork:
         modules = dict(unwrap(model).named_modules())
         self._modules = list(modules.values())
         self._taken: list[_Taken] = []
+        indices: dict[int, Tensor | None] = {}  # places share their tensors of units
+
+        def index(units: Tensor | None) -> Tensor | None:
+            if units is None:
+                return None
+            if id(units) not in indices:
+                indices[id(units)] = chosen(units, kept)
+            return indices[id(units)]
+
         for place in channels.places:
-            rows, columns = chosen(place.rows, kept), None if place.columns is None else chosen(place.columns, kept)
+            rows, columns = index(place.rows), index(place.columns)
             if rows is None and columns is None:
                 continue
             module = modules[place.layer]

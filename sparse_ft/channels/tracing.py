@@ -326,18 +326,23 @@ class _Tracer(TorchDispatchMode):
         order = {layer: place for place, layer in enumerate(dict.fromkeys(self._layers()))}
         keys = sorted(self._places, key=lambda key: order[key[0]])
         units: dict[int, int] = {0: FIXED}
+        known: dict[tuple[int, ...], Tensor] = {}
 
         def number(nodes: Sequence[int]) -> Tensor:
-            return torch.tensor([units.setdefault(self._nodes.root(node), len(units) - 1) for node in nodes])
+            """The same tensor for the same nodes: who looks up masks by it does so once."""
+            key = tuple(nodes)
+            if key not in known:
+                known[key] = torch.tensor([units.setdefault(self._nodes.root(n), len(units) - 1) for n in nodes])
+            return known[key]
 
-        # What is made first, so that a unit without a weight that makes it does not exist.
-        made = {key: number(self._places[key][1]) for key in keys if self._places[key][0] == "weight"}
+        # Weights first: what they make is counted in their order.
+        for key in keys:
+            if self._places[key][0] == "weight":
+                number(self._places[key][1])
         places = []
         for layer, key in keys:
             kind, rows, columns = self._places[layer, key]
-            places.append(
-                Place(layer, key, kind, made.get((layer, key), number(rows)), number(columns) if columns else None)
-            )
+            places.append(Place(layer, key, kind, number(rows), number(columns) if columns else None))
         groups = {layer: number(nodes) for layer, nodes in self._groups.items()}
         return Channels(len(units) - 1, places, groups)
 
