@@ -25,8 +25,8 @@ from sparse_ft.memory import keep_freed_memory
 
 
 def all_cases() -> dict[str, Case]:
-    found = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases(), *swat.cases(), *channels.cases()]
-    return {case.name: case for case in found}
+    modules = (kernels, training, inference, memory, swat, channels)
+    return {case.name: case for module in modules for case in module.cases()}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -330,15 +330,15 @@ class _Tracer(TorchDispatchMode):
 
         def number(nodes: Sequence[int]) -> Tensor:
             """The same tensor for the same nodes: who looks up masks by it does so once."""
-            key = tuple(nodes)
-            if key not in known:
-                known[key] = torch.tensor([units.setdefault(self._nodes.root(n), len(units) - 1) for n in nodes])
-            return known[key]
+            same = tuple(nodes)
+            if same not in known:
+                known[same] = torch.tensor([units.setdefault(self._nodes.root(n), len(units) - 1) for n in nodes])
+            return known[same]
 
         # Weights first: what they make is counted in their order.
-        for key in keys:
-            if self._places[key][0] == "weight":
-                number(self._places[key][1])
+        for place in keys:
+            if self._places[place][0] == "weight":
+                number(self._places[place][1])
         places = []
         for layer, key in keys:
             kind, rows, columns = self._places[layer, key]
