@@ -142,22 +142,42 @@ def test_equal_inputs_never_exceed_the_share():
     assert state.kept == int((x == 2).sum())
 
 
-def test_weights_and_thresholds_are_chosen_every_period():
-    model, optimizer, session = make(recipe(f"{FIELDS}, update_period: 4, policy: always"))
+def _watched(fields, steps):
+    """What stands after each step: the weights in use, their threshold, that of the inputs; and the weights."""
+    model, optimizer, session = make(recipe(f"{FIELDS}, update_period: 4, policy: always, {fields}"))
     seen = []
 
     def note(step):
+        weight = model.hidden.weight.detach().clone()
         state = model.hidden.swat if isinstance(model.hidden, SWATLayer) else None
-        seen.append(None if state is None else (state.active.mask.clone(), state.threshold))
+        seen.append(state and (state.active.mask.clone(), state.weight_threshold, state.threshold, weight))
 
-    train(model, optimizer, session, 17, each=note)
-    masks, thresholds = zip(*seen, strict=True)
-    assert [step for step in range(1, 17) if not torch.equal(masks[step], masks[step - 1])] == [4, 8, 12, 16]
-    assert all(int(mask.sum()) == mask.numel() // 4 for mask in masks)
-    # Found in the step after the choice, and in use until the next.
+    train(model, optimizer, session, steps, each=note)
+    return list(zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("between", ["threshold", "weights"])
+def test_thresholds_are_found_every_period(between):
+    masks, used_from, thresholds, weights = _watched(f"between: {between}", 17)
+    for step in (4, 8, 12, 16):
+        assert torch.equal(masks[step], largest_mask(weights[step], weights[step].numel() // 4))
+    # That of inputs is found in the step after the choice, and in use until the next.
     assert [step for step in range(17) if thresholds[step] is None] == [0, 4, 8, 12, 16]
     assert all(thresholds[step] == thresholds[step + 1] for step in (1, 2, 5, 6, 9, 10))
     assert thresholds[3] != thresholds[5]
+    assert [step for step in range(1, 17) if used_from[step] != used_from[step - 1]] == [4, 8, 12, 16]
+
+
+def test_between_two_choices_the_threshold_stands():
+    masks, used_from, _, weights = _watched("between: threshold", 17)
+    for mask, threshold, weight in zip(masks, used_from, weights, strict=True):
+        assert torch.equal(mask, weight.abs() >= threshold)
+    assert sum(not torch.equal(masks[step], masks[step - 1]) for step in range(1, 17)) > 4
+
+
+def test_or_the_weights_in_use_stand():
+    masks, *_ = _watched("between: weights", 17)
+    assert [step for step in range(1, 17) if not torch.equal(masks[step], masks[step - 1])] == [4, 8, 12, 16]
 
 
 def test_masters_are_dense_until_the_end_and_pruned_then():
@@ -239,7 +259,7 @@ def networks():
             stem_width=8,
         ),
     )
-    yield "vgg", VGG([8, "M", 16, "M", 16, "M"], num_classes=4)
+    yield "vgg", VGG([8, "M", 16, "M", 16, "M"], num_classes=4, norm_layer=nn.BatchNorm2d)
     yield "densenet", DenseNet(growth_rate=8, block_config=(2, 2), num_classes=4)
 
 
@@ -267,7 +287,8 @@ def test_networks_of_timm_train(name):
             assert convolutions[0] not in layers and set(convolutions[1:]) <= set(layers)
             used = [layer.swat.products.operations for layer in layers.values()]
             done = sum(each.forward + each.input_grad + each.weight_grad for each in used)
-            assert 0.15 < done / sum(each.dense for each in used) < 0.21
+            # Weights come into use between two choices.
+            assert 0.15 < done / sum(each.dense for each in used) < 0.22
             assert all(name in describe(model) for name in layers)
     assert losses[-1] < 0.97 * losses[0]
     report = session.finalize()
@@ -280,7 +301,10 @@ def test_networks_of_timm_train(name):
 
 def test_erk_takes_the_first_convolution_too():
     model, optimizer, session = make(
-        recipe("params: __ALL_PRUNABLE__, sparsity: 0.75, start_epoch: 0, end_epoch: 4, scope: erk, policy: none")
+        recipe(
+            "params: __ALL_PRUNABLE__, sparsity: 0.75, start_epoch: 0, end_epoch: 4, scope: erk, policy: none,"
+            " between: weights"
+        )
     )
     train(model, optimizer, session, 2)
     parts = [model.stem, model.conv, model.hidden, model.head]

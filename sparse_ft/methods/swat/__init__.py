@@ -30,9 +30,9 @@ class SWAT(MaskedTargets, Scheduled):
     """Sparse compute from the second step on, with dense weights behind it.
 
     Forward pass and input gradient use the largest weights of each layer, the weight gradient the largest values of
-    its input over the whole batch; it is dense, so that every weight may come to be used. Which weights those are,
-    and from which magnitude on values are kept, is found anew every `update_period` steps. At the end the weights are
-    pruned for good.
+    its input over the whole batch; it is dense, so that every weight may come to be used. The magnitudes from which on
+    weights are used and values kept are found anew every `update_period` steps. At the end the weights are pruned for
+    good.
     """
 
     source = "Raihan & Aamodt 2020, arXiv 2001.01969"
@@ -50,6 +50,11 @@ class SWAT(MaskedTargets, Scheduled):
         unit="steps",
         doc="Between two choices of weights and thresholds; a fifth of an epoch for ImageNet.",
     )
+    between: str = field(
+        choice("threshold", "weights"), "threshold",
+        doc="What stands until the next choice: the threshold, above which weights come and go at every step; or the"
+        " chosen weights, which saves making patterns and trains worse.",
+    )  # fmt: skip
     scope: str = field(
         choice("uniform", "erk", "momentum"), "uniform",
         doc="Every weight alike (with __ALL_PRUNABLE__ the first convolution stays dense), more in larger layers, or"
@@ -117,6 +122,8 @@ class SWAT(MaskedTargets, Scheduled):
         self._adapt(training, self._saved["masks"])
         for name, state in self._states.items():
             state.threshold = self._saved["thresholds"][name]
+            state.weight_threshold = self._saved["weight_thresholds"][name]
+            state.keep = self._saved["kept_inputs"][name]
             state.products.forms = dict(self._saved["forms"][name])
 
     def _adapt(self, training: Training, masks: Mapping[str, Tensor]) -> None:
@@ -129,9 +136,10 @@ class SWAT(MaskedTargets, Scheduled):
                 continue  # its budget leaves it dense
             module: Any = target.module
             geometry = Geometry.of(module)
-            products = Products(geometry, self.policy, self.update_period, cache)
+            products = Products(geometry, self.policy, self.update_period if self.between == "weights" else 1, cache)
             active = Active(mask, target.parameter, geometry)
-            self._states[name] = State(products, active, self._kept_share(active))
+            threshold = budgets.smallest(target.parameter, mask, self.mask_type)
+            self._states[name] = State(products, active, self._kept_share(active), threshold)
             adapt(module, self._states[name])
         if any(isinstance(self.targets[name].module, nn.Conv2d) for name in self._states) and self.policy != "none":
             for module in training.model.modules():
@@ -176,11 +184,20 @@ class SWAT(MaskedTargets, Scheduled):
                 state.threshold = None if threshold != threshold else threshold
 
     def after_step(self, training: Training) -> None:
-        if self._states and self._is_due(training.step):
-            for name, mask in self._choose(training).items():
-                if (state := self._states.get(name)) is not None:
-                    state.active = Active(mask, self.targets[name].parameter, state.products.geometry)
-                    state.keep, state.threshold = self._kept_share(state.active), None
+        if not self._states:
+            return
+        due = self._is_due(training.step)
+        masks = self._choose(training) if due else {}
+        for name, state in self._states.items():
+            weight = self.targets[name].parameter
+            if due:
+                state.active = Active(masks[name], weight, state.products.geometry)
+                state.keep, state.threshold = self._kept_share(state.active), None
+                state.weight_threshold = budgets.smallest(weight, masks[name], self.mask_type)
+            elif self.between == "threshold":
+                mask = budgets.at_least(weight, state.weight_threshold, self.mask_type)
+                if not torch.equal(mask, state.active.mask):
+                    state.active = Active(mask, weight, state.products.geometry)
 
     def _is_due(self, step: int) -> bool:
         """Whether weights and thresholds are chosen anew after a step."""
@@ -210,6 +227,8 @@ class SWAT(MaskedTargets, Scheduled):
             "began": self._began,
             "masks": {name: state.active.mask for name, state in self._states.items()},
             "thresholds": {name: state.threshold for name, state in self._states.items()},
+            "weight_thresholds": {name: state.weight_threshold for name, state in self._states.items()},
+            "kept_inputs": {name: state.keep for name, state in self._states.items()},
             "forms": {name: dict(state.products.forms) for name, state in self._states.items()},
         }
 

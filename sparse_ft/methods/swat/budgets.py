@@ -52,20 +52,39 @@ def uniform(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, int]
     return {name: shape.numel() - budgets.uniform(shape.numel(), sparsity) for name, shape in shapes.items()}
 
 
-@torch.no_grad()
-def active_mask(weight: Tensor, keep: int, structure: str) -> Tensor:
-    """bool, True for the weights of largest magnitude, or for those of the whole kernels or filters that have it.
-
-    Exactly `keep` weights, or the next whole number of kernels or filters; of equal ones the first.
+def magnitudes(weight: Tensor, structure: str) -> Tensor:
+    """Of what is chosen together: of single weights, or summed over whole kernels or filters.
 
     Args:
         weight: (out, in) or (O, I/groups, KH, KW).
         structure: "unstructured"; "channel": kernels, by pair of output and input channel; "filter": output channels.
             Linear layers are unstructured under all three.
     """
+    magnitude = weight.detach().abs()
     if structure == "unstructured" or weight.dim() == 2:
-        return largest_mask(weight, keep)
-    whole = (2, 3) if structure == "channel" else (1, 2, 3)
-    sums = weight.abs().sum(whole, keepdim=True)
-    groups = -(-keep // (weight.numel() // sums.numel()))
-    return largest_mask(sums, groups).expand_as(weight).contiguous()
+        return magnitude
+    return magnitude.sum((2, 3) if structure == "channel" else (1, 2, 3), keepdim=True)
+
+
+def active_mask(weight: Tensor, keep: int, structure: str) -> Tensor:
+    """bool, True for the weights of largest magnitude, or for those of the whole kernels or filters that have it.
+
+    Exactly `keep` weights, or the next whole number of kernels or filters; of equal ones the first.
+    """
+    found = magnitudes(weight, structure)
+    groups = -(-keep // (weight.numel() // found.numel()))
+    return _of_weights(largest_mask(found, groups), weight)
+
+
+def smallest(weight: Tensor, mask: Tensor, structure: str) -> float:
+    """The threshold under which those of `mask` are in use: their smallest magnitude; infinite if there are none."""
+    return float(magnitudes(weight, structure).expand_as(weight).masked_fill(~mask, torch.inf).min())
+
+
+def at_least(weight: Tensor, threshold: float, structure: str) -> Tensor:
+    """bool, True for the weights, or for those of the kernels or filters, whose magnitude reaches a threshold."""
+    return _of_weights(magnitudes(weight, structure) >= threshold, weight)
+
+
+def _of_weights(mask: Tensor, weight: Tensor) -> Tensor:
+    return mask.expand_as(weight).contiguous()

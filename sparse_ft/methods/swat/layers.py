@@ -4,6 +4,7 @@ A layer is adapted in place, by its class: it keeps its parameters, hooks and st
 trains as ever; forward and input gradient use the active weights alone, the weight gradient what is kept of the input.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ class State:
     Attributes:
         active: the weights in use.
         keep: fraction of the input that is kept.
+        weight_threshold: smallest magnitude among the weights as they were chosen last.
         threshold: magnitude above which values of the input are kept; None for one that the next forward pass of the
             training finds.
         kept, seen: values that were kept and all that were seen, since they were set to 0.
@@ -33,6 +35,7 @@ class State:
     products: Products
     active: Active
     keep: float
+    weight_threshold: float = math.inf
     threshold: float | None = None
     kept: int = field(default=0)
     seen: int = field(default=0)
