@@ -50,6 +50,8 @@ def onnxruntime_step(model: nn.Module, images: torch.Tensor, threads: int) -> Ca
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Its threads would go on spinning while the other variants run.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/model.onnx"
         torch.onnx.export(model, (images,), file, dynamo=True, verbose=False)

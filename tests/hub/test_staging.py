@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_resnet
 
 from sparse_ft.hub import save_pretrained
+from sparse_ft.hub.shards import write_file
 from sparse_ft.hub.staging import staged
 
 
@@ -61,13 +62,11 @@ def test_disk_that_fills_up_leaves_the_earlier_checkpoint(tmp_path, monkeypatch,
     save_pretrained(model, tmp_path)
     before = contents(tmp_path)
 
-    def save_to_full_disk(tensors, path, metadata=None):
-        Path(path).symlink_to("/dev/full")
-        with open(path, "wb") as file:
-            file.write(bytes(2**20))
+    def write_to_full_disk(path, *args):
+        path.symlink_to("/dev/full")
+        write_file(path, *args)
 
-    monkeypatch.setattr("sparse_ft.hub.save.save_file", save_to_full_disk)
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save_to_full_disk)
+    monkeypatch.setattr("sparse_ft.hub.shards.write_file", write_to_full_disk)
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
     with pytest.raises(OSError, match="no space left on the disk of .*files that were there are untouched") as caught:
