@@ -14,14 +14,6 @@ from sparse_ft.steps import loss_of
 from sparse_ft.tune import interleaved_medians
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def network(*, images: bool) -> nn.Module:
     first = nn.Conv2d(3, 8, 3) if images else nn.Linear(12, 8)
     model = nn.Sequential(first, nn.BatchNorm2d(8) if images else nn.LayerNorm(8), nn.Flatten(), nn.LazyLinear(4))

@@ -28,10 +28,6 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSE_FT_CACHE", str(tmp_path / "timings"))
     monkeypatch.setattr(kernels, "ROUNDS", 1)
     monkeypatch.setitem(models.TITLES, "test_resnet", "tiny")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_cases_have_names_of_their_own():

@@ -24,14 +24,10 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))  # dataset_files
 
 
 @pytest.fixture(autouse=True)
-def one_thread(tmp_path_factory, monkeypatch):
+def quiet_libraries(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     logging.set_verbosity_warning()  # a Trainer of another test may have silenced all
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

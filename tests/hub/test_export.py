@@ -19,11 +19,6 @@ SHARED = Path(os.environ.get("SPARSE_FT_SHARED", "../shared"))
 STORIES = SHARED / "data" / "checkpoints" / "stories260K_hf"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def needs_onnx():
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} is not installed")

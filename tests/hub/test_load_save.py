@@ -29,11 +29,6 @@ RECIPE = "modifiers:\n  - !ConstantPruningModifier\n    params: __ALL_PRUNABLE__
 LABELS = [f"class {index}" for index in range(10)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def resnet():
     model = tiny_resnet()

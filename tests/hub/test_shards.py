@@ -17,11 +17,6 @@ from sparse_ft.hub.shards import Stored, size_in_bytes, stored_tensors, write_fi
 from sparse_ft.nn import SparseModule
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def tiny_llama(*, tied=False):
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -3,6 +3,5 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def fixed_seed():
     torch.manual_seed(0)

@@ -3,9 +3,5 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fixed_seed():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)

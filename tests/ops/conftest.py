@@ -1,5 +1,4 @@
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from sparse_ft import ops
@@ -9,14 +8,6 @@ settings.register_profile(
     "sparse_ft", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("sparse_ft")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=ops.available_isas())

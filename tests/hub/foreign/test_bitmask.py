@@ -21,11 +21,6 @@ WRITTEN_BY_COMPRESSED_TENSORS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def test_file_of_compressed_tensors(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(zlib.decompress(base64.b85decode(WRITTEN_BY_COMPRESSED_TENSORS)))
     state_dict, masks = bitmask.read(tmp_path)

@@ -21,11 +21,6 @@ ARGS = {"layers": (1, 1, 1, 0), "channels": (8, 16, 16, 16)}
 TIMM = {"reference": "timm/resnet18", "model_args": ARGS}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def small_resnet(num_classes=7):
     torch.manual_seed(0)
     return timm.create_model("resnet18", num_classes=num_classes, **ARGS)
