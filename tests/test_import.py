@@ -31,6 +31,11 @@ def test_help_of_the_command_line_does_not_import_torch(argv):
     run(f"import sys; from sparse_ft.cli import main; main({argv}); {LIGHT}")
 
 
+def test_recipes_do_without_the_compiler():
+    """torch.compile's machinery takes as long to import as torch."""
+    run("import sys, sparse_ft.recipes; assert 'torch._dynamo' not in sys.modules")
+
+
 @pytest.mark.parametrize(
     "imports",
     [

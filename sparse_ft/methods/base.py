@@ -191,6 +191,17 @@ class Scheduled(Modifier):
             )
 
 
+class Bounded(Scheduled):
+    """One that ends after it has begun: what it does is spread over the time between, or becomes final at its end."""
+
+    def check(self) -> None:
+        super().check()
+        if self.end_epoch == NEVER or self.end_epoch <= self.start_epoch:
+            raise self.wrong(
+                "end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g}), not {self.end_epoch:g}"
+            )
+
+
 class Unsupported(Modifier):
     """A modifier that recipes contain and this project does not run: it is parsed, kept, and reported.
 

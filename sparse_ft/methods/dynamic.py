@@ -7,9 +7,9 @@ from torch import Tensor
 
 from sparse_ft.masks.prune import keep_highest
 
-from .base import Scheduled
+from .base import Bounded
 from .clock import Clock
-from .fields import EPOCH, FLAG, NEVER, choice, exactly, field, number
+from .fields import EPOCH, FLAG, choice, exactly, field, number
 from .pruning import SPARSITY, MaskedTargets
 from .targets import Target
 from .training import Training
@@ -17,7 +17,7 @@ from .training import Training
 _SCOPES = {"uniform": "uniform", "erdos_renyi_kernel": "erk", "erdos_renyi": "erk", "global": "global"}
 
 
-class DynamicSparsity(MaskedTargets, Scheduled):
+class DynamicSparsity(MaskedTargets, Bounded):
     """Sparse from the start; at each update the smallest weights are dropped, and as many others begin from zero.
 
     The share that moves falls to nothing on half a cosine. Sub-classes say which weights grow (`growth`).
@@ -43,11 +43,6 @@ class DynamicSparsity(MaskedTargets, Scheduled):
     mask_type: str = field(choice("unstructured"), "unstructured", doc="Only unstructured.")
 
     targets: dict[str, Target]
-
-    def check(self) -> None:
-        super().check()
-        if self.end_epoch == NEVER or self.end_epoch == self.start_epoch:
-            raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
 
     def start(self, training: Training) -> None:
         self.begin(training)

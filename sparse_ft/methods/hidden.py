@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Scheduled
-from .fields import EPOCH, FLAG, NEVER, field
+from .base import Bounded
+from .fields import EPOCH, FLAG, field
 from .pruning import MaskedTargets
 from .training import Training
 
 
-class HiddenWeights(MaskedTargets, Scheduled):
+class HiddenWeights(MaskedTargets, Bounded):
     """Keeps dense weights out of sight, of which the model has a sparse view.
 
     Between steps the parameters are the view: what is evaluated, saved and differentiated is sparse. Around the
@@ -34,11 +34,6 @@ class HiddenWeights(MaskedTargets, Scheduled):
     def seen(self) -> dict[str, Tensor]:
         """bool: the weights that the view leaves, by name."""
         raise NotImplementedError
-
-    def check(self) -> None:
-        super().check()
-        if self.end_epoch == NEVER or self.end_epoch == self.start_epoch:
-            raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
 
     def start(self, training: Training) -> None:
         self.begin(training)

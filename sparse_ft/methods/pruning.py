@@ -12,9 +12,9 @@ from sparse_ft.masks import masks_from_scores
 from sparse_ft.masks.budgets import SCOPES
 from sparse_ft.masks.structures import parse_structure
 
-from .base import Modifier, Scheduled
+from .base import Bounded, Modifier
 from .clock import Clock, SparsemlClock
-from .fields import EPOCH, FLAG, NEVER, Kind, choice, either, exactly, field, number
+from .fields import EPOCH, FLAG, Kind, choice, either, exactly, field, number
 from .schedules import CURVES, interpolate
 from .targets import IGNORED, TARGETS, Target, find_targets, unusual_targets, zero_fraction
 from .training import Training
@@ -163,7 +163,7 @@ class MaskedTargets(Modifier):
         self.attach(training)
 
 
-class GradualPruning(MaskedTargets, Scheduled):
+class GradualPruning(MaskedTargets, Bounded):
     """Pruning from an initial to a final sparsity on a curve, the mask renewed at each update.
 
     Sub-classes say what a weight is worth (`scores`).
@@ -204,10 +204,6 @@ class GradualPruning(MaskedTargets, Scheduled):
                 raise self.wrong("final_sparsity", f"must be one number under a {self.budget_scope()} budget")
         elif self.params == []:
             raise self.wrong("params", "must name at least one weight")
-        if self.end_epoch == NEVER:
-            raise self.wrong("end_epoch", "must be the epoch at which final_sparsity is reached, not -1")
-        if self.end_epoch == self.start_epoch:
-            raise self.wrong("end_epoch", f"must be after start_epoch ({self.start_epoch:g})")
         fixed = parse_structure(self.mask_type).sparsity
         for name in ("init_sparsity", "final_sparsity"):
             value = getattr(self, name)

@@ -43,7 +43,7 @@ def message(text, **options):
         ({"final_sparsity": None}, "line 3: GMPruningModifier.final_sparsity: is missing; it must be a number"),
         ({"final_sparcity": "0.5"}, "line 10: GMPruningModifier.final_sparcity: unknown field; did you mean"),
         ({"end_epoch": "0.5"}, "line 8: GMPruningModifier.end_epoch: must not be before start_epoch (1), is 0.5"),
-        ({"end_epoch": "-1"}, "end_epoch: must be the epoch at which final_sparsity is reached, not -1"),
+        ({"end_epoch": "-1"}, "end_epoch: must be an epoch after start_epoch (1), not -1"),
         ({"start_epoch": "-3"}, "start_epoch: must be an epoch of at least 0, or -1 (epochs), not -3"),
         ({"params": "fc1.weight"}, "params: must be __ALL_PRUNABLE__, __ALL__ or a list of names"),
         ({"params": "[]"}, "params: must name at least one weight"),

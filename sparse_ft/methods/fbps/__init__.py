@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import Forward, Scheduled
+from ..base import Bounded, Forward
 from ..channelwise import ChannelWise
 from ..clock import Clock
 from ..fields import EPOCH, NEVER, NOTHING, choice, either, field, integer, number
@@ -22,7 +22,7 @@ _ONE = "units"  # name of the probabilities in what Learned keeps
 
 
 @register("FBPSModifier")
-class FBPS(ChannelWise, Scheduled):
+class FBPS(ChannelWise, Bounded):
     """Trains randomly drawn sub-networks of whole channels, and learns which channels to draw (VR-PGE).
 
     Every step draws two masks over the channels. One sub-network is trained on the batch, forward and backward with
@@ -78,8 +78,6 @@ class FBPS(ChannelWise, Scheduled):
 
     def check(self) -> None:
         super().check()
-        if self.end_epoch == NEVER or self.end_epoch <= self.start_epoch:
-            raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
         if self.params == []:
             raise self.wrong("params", "must name at least one weight")
         if self.min_probability > 1 - self.final_sparsity:

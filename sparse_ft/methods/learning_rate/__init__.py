@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ..base import Modifier, Scheduled
+from ..base import Bounded, Modifier, Scheduled
 from ..clock import Clock
 from ..fields import (
     EPOCH,
@@ -64,7 +64,7 @@ class SetLearningRate(LearningRateModifierBase):
 
 
 @register("LearningRateFunctionModifier")
-class LearningRateFunction(LearningRateModifierBase, Scheduled):
+class LearningRateFunction(LearningRateModifierBase, Bounded):
     """Moves the learning rate on a curve, at every step: a straight line, half a cosine, or a line in cycles."""
 
     source = "SparseML; cosine: Loshchilov & Hutter 2017, arXiv 1608.03983"
@@ -75,11 +75,6 @@ class LearningRateFunction(LearningRateModifierBase, Scheduled):
     init_lr: float = field(RATE, doc="Learning rate at the start, and of each cycle.")
     final_lr: float = field(RATE, doc="Learning rate at the end, and at the last step of each cycle.")
     cycle_epochs: float = field(number(0, above=True), 1.0, unit="epochs", doc="Length of a cycle (cyclic_linear).")
-
-    def check(self) -> None:
-        super().check()
-        if self.end_epoch == NEVER or self.end_epoch == self.start_epoch:
-            raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
 
     def rate(self, clock: Clock, step: int) -> float:
         """The learning rate of a step between start and end."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base import Modifier, Scheduled
+from ..base import Bounded, Modifier
 from ..fields import EPOCH, FLAG, NEVER, Kind, either, exactly, field, listing, number
 from ..pruning import CURVE
 from ..registry import register
@@ -96,7 +96,7 @@ class SetParam(_OfParameters):
 
 
 @register("GradualParamModifier")
-class GradualParam(_OfParameters, Scheduled):
+class GradualParam(_OfParameters, Bounded):
     """Moves parameters from one value to another."""
 
     source = "SparseML"
@@ -110,8 +110,6 @@ class GradualParam(_OfParameters, Scheduled):
 
     def check(self) -> None:
         super().check()
-        if self.end_epoch == NEVER or self.end_epoch == self.start_epoch:
-            raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
         if isinstance(self.init_val, list) != isinstance(self.final_val, list) or (
             isinstance(self.init_val, list) and len(self.init_val) != len(self.final_val)
         ):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import Forward, Scheduled
+from ..base import Bounded, Forward
 from ..clock import Clock
 from ..fields import EPOCH, NEVER, field, integer, number
 from ..probabilities import Learned, clip, cosine, generator
@@ -19,7 +19,7 @@ _EDGE = 1e-6  # probabilities this near to 0 or 1 have no gradient
 
 
 @register("ProbMaskModifier")
-class ProbMask(MaskedTargets, Scheduled):
+class ProbMask(MaskedTargets, Bounded):
     """Learns a probability of being kept for every weight, under one budget, and the weights with it.
 
     Forward passes compute with w x m, m = sigmoid((logit(s) + logistic noise) / temperature): a soft mask that hardens
@@ -57,8 +57,6 @@ class ProbMask(MaskedTargets, Scheduled):
 
     def check(self) -> None:
         super().check()
-        if self.end_epoch == NEVER or self.end_epoch <= self.start_epoch:
-            raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
         if self.prune_until <= self.prune_from:
             raise self.wrong("prune_until", f"must be after prune_from ({self.prune_from:g})")
         if self.samples > 2:

@@ -11,9 +11,9 @@ from sparse_ft.nn import SparseConv2d, follow_layout, restore_stock
 from sparse_ft.optimizer_state import elementwise_state
 from sparse_ft.tune import TimingCache
 
-from ..base import Scheduled
+from ..base import Bounded
 from ..clock import Clock
-from ..fields import EPOCH, FLAG, NEVER, NOTHING, choice, either, field, integer
+from ..fields import EPOCH, FLAG, NOTHING, choice, either, field, integer
 from ..pruning import SPARSITY, MaskedTargets
 from ..registry import register
 from ..targets import ALL_PRUNABLE, Target
@@ -26,7 +26,7 @@ _MOMENTA = ("momentum_buffer", "exp_avg")  # of SGD and of Adam
 
 
 @register("SWATModifier")
-class SWAT(MaskedTargets, Scheduled):
+class SWAT(MaskedTargets, Bounded):
     """Sparse compute from the second step on, with dense weights behind it.
 
     Forward pass and input gradient use the largest weights of each layer, the weight gradient the largest values of
@@ -79,11 +79,6 @@ class SWAT(MaskedTargets, Scheduled):
         self._saved: Mapping[str, Any] = {}
         self._model: nn.Module | None = None
         self._began = 0  # step
-
-    def check(self) -> None:
-        super().check()
-        if self.end_epoch == NEVER or self.end_epoch == self.start_epoch:
-            raise self.wrong("end_epoch", f"must be an epoch after start_epoch ({self.start_epoch:g})")
 
     def find_targets(self, model: nn.Module) -> dict[str, Target]:
         targets = super().find_targets(model)

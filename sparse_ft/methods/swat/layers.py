@@ -15,6 +15,7 @@ from sparse_ft.nn import stock_type
 from sparse_ft.ops import BATCH_LAST, CONTIGUOUS, is_batch_last, native_reason
 from sparse_ft.ops.compact import Compact, nth_magnitude
 from sparse_ft.tables import format_table
+from sparse_ft.when_imported import when_imported
 
 from .products import Active, Products
 
@@ -114,7 +115,6 @@ class SWATLayer(nn.Module):
 class SWATConv2d(SWATLayer, nn.Conv2d):
     """A convolution under SWAT; its output is in batch-last layout, as that of a sparse convolution."""
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
@@ -124,7 +124,6 @@ class SWATConv2d(SWATLayer, nn.Conv2d):
 class SWATLinear(SWATLayer, nn.Linear):
     """A linear layer under SWAT: a 1x1 convolution of as many samples as there are tokens."""
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features, 1, 1)
         weight = self.weight.view(*self.weight.shape, 1, 1)
@@ -135,6 +134,15 @@ class SWATLinear(SWATLayer, nn.Linear):
 
 
 _ADAPTED: dict[type, type[SWATLayer]] = {nn.Conv2d: SWATConv2d, nn.Linear: SWATLinear}
+
+
+def _stay_out_of_compiled_code() -> None:
+    for layer in _ADAPTED.values():
+        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+
+
+# Disabling imports the compiler, which takes as long as torch itself: it waits for someone who compiles.
+when_imported("torch._dynamo", _stay_out_of_compiled_code)
 
 
 def obstacle(module: nn.Module) -> str:
