@@ -162,6 +162,32 @@ def test_obs_leaves_no_trace_but_the_weights():
     assert model.training
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_obs_takes_gradients_that_repeat(scale):
+    """The same batch again and again gives a Fisher matrix of rank one, which rounding must not upset."""
+    model, optimizer, session = make(recipe(obs(num_grads=9, fisher_block_size=48, damp=1e-7)))
+    images, labels = batch(0)
+
+    def sampler(count, seed, batch_size):
+        for _ in range(count):
+            yield scale * F.cross_entropy(model(images), labels)
+
+    session.training.grad_sampler = sampler
+    F.cross_entropy(model(images), labels).backward()
+    session.before_step()
+    assert model.hidden.weight.isfinite().all()
+    assert zeros(model, "hidden.weight") == pytest.approx(0.25, abs=1e-3)
+
+
+def test_obs_refuses_a_gradient_that_is_not_finite():
+    model, optimizer, session = make(recipe(obs()))
+    images, labels = batch(0)
+    session.training.grad_sampler = lambda count, *_: (model(images).sum() * float("nan") for _ in range(count))
+    F.cross_entropy(model(images), labels).backward()
+    with pytest.raises(RecipeError, match=r"OBSPruningModifier: a sampled gradient of hidden.weight is not finite"):
+        session.before_step()
+
+
 def test_obs_needs_a_sampler():
     model, optimizer, session = make(recipe(obs()), grad_sampler=None)
     with pytest.raises(RecipeError, match="OBSPruningModifier: needs a grad_sampler"):

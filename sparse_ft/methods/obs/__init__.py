@@ -1,6 +1,7 @@
 """Optimal Brain Surgeon: weights go that cost least by the second-order loss, and the others make up for them."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -93,11 +94,22 @@ class OBSPruning(GradualPruning):
         for name, weight in weights.items():
             eye = torch.eye(size, device=weight.device) / self.damp
             inverse[name] = eye.expand(-(-weight.numel() // size), size, size).clone()
-        for gradients in self._gradients(training, list(weights.values()), seed):
-            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-                g = self._blocks(gradient.float().masked_fill(weight.detach() == 0, 0.0)).unsqueeze(-1)
+        gradients = self._gradients(training, list(weights.values()), seed)
+        # Several gradients at once: the inverse is read and written once for all of them. A quarter of it holds them.
+        while together := list(islice(gradients, max(1, size // 4))):
+            for name, parts in zip(weights, zip(*together, strict=True), strict=True):
+                pruned = weights[name].detach() == 0
+                g = torch.stack([self._blocks(part.float().masked_fill(pruned, 0.0)) for part in parts], -1)
+                if not g.isfinite().all():
+                    raise self.wrong(None, f"a sampled gradient of {name} is not finite")
                 product = inverse[name] @ g
-                inverse[name].sub_(product @ product.mT / (self.num_grads + g.mT @ product))
+                inner = g.mT @ product
+                largest = inner.diagonal(dim1=-2, dim2=-1).amax(-1)
+                # Rounding of large entries must not outweigh the number of gradients, which makes it definite.
+                inner.diagonal(dim1=-2, dim2=-1).add_((self.num_grads + 1e-6 * len(parts) * largest).unsqueeze(-1))
+                root = torch.linalg.cholesky(inner)
+                step = torch.linalg.solve_triangular(root, product.mT, upper=False)
+                inverse[name].baddbmm_(step.mT, step, alpha=-1)
         return inverse
 
     def _gradients(self, training: Training, weights: list[Tensor], seed: int) -> Iterator[tuple[Tensor, ...]]:
