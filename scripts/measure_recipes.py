@@ -3,18 +3,21 @@
 
     python scripts/measure_recipes.py --study gmp90 --output out/recipes [--runs gmp dense] [--epochs 30] [--threads 1]
 
-gmp90    ResNet-20 for CIFAR-10 from pretrained weights: gradual pruning to 90 % against dense training as long
-methods  the same network under every method, on half of the images and for few epochs
-sst2     MiniLM-L6 on SST-2: gradual magnitude and second-order pruning against dense fine-tuning
+gmp90              ResNet-20 for CIFAR-10 from pretrained weights: gradual pruning to 90 %, and dense training as long
+pretrained         the same network for fewer epochs: 80 and 95 %, 2:4, whole filters
+scratch            the same network from random weights: GMP, AC/DC, RigL, SET
+methods            the same network under every method, on half of the images and for few epochs
+mobilenet          MobileNetV1 x0.75 on imagenette from ImageNet's weights: GMP
+mobilenet-scratch  the same from random weights
+sst2               MiniLM-L6 on SST-2: movement pruning, and second-order pruning of the fine-tuned network
 
-All runs of a study start from the same pretrained weights and see the same batches. Each leaves RUN.json in
+All runs of a study start from the same weights and see the same batches. Each leaves RUN.json in
 OUTPUT/STUDY, with a point for every evaluation, as soon as it has that; `results.md` and `results.png` gather what is
 there. A run that is finished is not repeated.
 """
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -26,9 +29,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
+from command_line import DATA, make_parser
 from matplotlib.figure import Figure
-from real_data import CifarResNet, load_minilm, machine, markdown_table, write_json
+from PIL import Image
+from real_data import CifarResNet, imagenette_mobilenet, load_minilm, machine, markdown_table, write_json
 from torch import Tensor
 from train_bundled_resnet20 import Split, augment, load_splits, normalise
 from transformers import TrainerCallback
@@ -50,8 +57,8 @@ class Study:
     Attributes:
         load: (data folder, seed) -> what SparseTrainer takes.
         runs: recipe file and its arguments by the name of the run; no file trains dense.
-        teacher: for recipes that distil.
         optimizer: class and its arguments, the learning rate among them for runs that do not set it.
+        tuned: runs that start from the weights that the run "dense" ends with; the first one must be over.
     """
 
     load: Callable[[Path, int], dict[str, Any]]
@@ -59,22 +66,50 @@ class Study:
     batch_size: int
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]]
     runs: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
-    teacher: str = "self"
+    tuned: tuple[str, ...] = ()
 
 
-def load_cifar(data: Path, seed: int, *, images: int | None = None) -> dict[str, Any]:
+def load_cifar(data: Path, seed: int, *, pretrained: bool = True, images: int | None = None) -> dict[str, Any]:
     model = CifarResNet(20, 10)
-    saved = torch.load(data / "checkpoints/resnet20-12fca82f.th", weights_only=True, map_location="cpu")
-    model.load_state_dict({name.removeprefix("module."): value for name, value in saved["state_dict"].items()})
+    if pretrained:
+        saved = torch.load(data / "checkpoints/resnet20-12fca82f.th", weights_only=True, map_location="cpu")
+        model.load_state_dict({name.removeprefix("module."): value for name, value in saved["state_dict"].items()})
     splits, _ = load_splits(str(data / "cifar10"))
     train_images, train_labels = splits["train"]
+    return image_parts(model, (train_images[:images], train_labels[:images]), splits["test"])
+
+
+def load_imagenette(data: Path, seed: int, *, pretrained: bool = True, side: int = 128) -> dict[str, Any]:
+    """MobileNetV1 x0.75 and images of `side` pixels; its weights were trained on 224."""
+    model = imagenette_mobilenet(data / "checkpoints/mobilenetv1_075_imagenet_keras.pth" if pretrained else None)
+    files = {split: str(data / f"imagenette224/{split}.parquet") for split in ("train", "validation")}
+    loaded = datasets.load_dataset("parquet", data_files=files)
+    splits = {}
+    for split in files:
+        pixels = np.stack([
+            np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
+            for image in loaded[split]["image"]
+        ])  # fmt: skip
+        labels = torch.tensor(loaded[split]["label"])
+        splits[split] = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels
+    return image_parts(model, splits["train"], splits["validation"], to_both_sides_of_zero)
+
+
+def image_parts(
+    model: torch.nn.Module, train: Split, test: Split, to_float: Callable[[Tensor], Tensor] = normalise
+) -> dict[str, Any]:
     return {
         "model": model,
-        "train_dataset": Pairs((train_images[:images], train_labels[:images]), distort=True),
-        "eval_dataset": Pairs(splits["test"], distort=False),
-        "data_collator": collate,
+        "train_dataset": Pairs(train, distort=True),
+        "eval_dataset": Pairs(test, distort=False),
+        "data_collator": partial(collate, to_float=to_float),
         "compute_metrics": accuracy,
     }
+
+
+def to_both_sides_of_zero(images: Tensor) -> Tensor:
+    """As TensorFlow's networks have them: from -1 to 1."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -91,12 +126,14 @@ class Pairs(torch.utils.data.Dataset):
         return self.images[i], self.labels[i], self.distort
 
 
-def collate(examples: list[tuple[Tensor, Tensor, bool]]) -> dict[str, Tensor]:
+def collate(
+    examples: list[tuple[Tensor, Tensor, bool]], to_float: Callable[[Tensor], Tensor] = normalise
+) -> dict[str, Tensor]:
     """A batch; in training, images are cropped out of a zero border and mirrored at random."""
     images = torch.stack([image for image, _, _ in examples])
     if examples[0][2]:
         images = augment(images)
-    return {"pixel_values": normalise(images), "labels": torch.stack([label for _, label, _ in examples])}
+    return {"pixel_values": to_float(images), "labels": torch.stack([label for _, label, _ in examples])}
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -104,7 +141,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def load_sst2(data: Path, seed: int) -> dict[str, Any]:
-    sst2 = load_data(str(data / "glue_sst2"), seed=seed, max_train_samples=1000)
+    sst2 = load_data(str(data / "glue_sst2"), seed=seed, max_train_samples=6000)
     model, tokenizer = load_minilm(data, sst2)
     prepared = prepare(sst2, model, tokenizer, max_length=64, seed=seed)
     return {
@@ -119,12 +156,36 @@ def load_sst2(data: Path, seed: int) -> dict[str, Any]:
 
 MOMENTUM = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 CIFAR = {"dense": ["conv1", "linear"], "lr": 0.02}
-SST2 = {"sparsity": 0.8, "lr": 2e-4}
+SCRATCH = {"dense": ["conv1", "linear"], "lr": 0.1}
+# Of a depthwise filter every weight counts, and all of them together are few.
+MOBILENET = {"dense": ["conv_stem", "re:.*conv_dw", "classifier"], "scope": "global"}
 
 STUDIES = {
     "gmp90": Study(
         load_cifar, 24, 64, (torch.optim.SGD, {"lr": 0.03, **MOMENTUM}),
         {"GMP": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"]}), "dense": ("", {})},
+    ),
+    "pretrained": Study(
+        load_cifar, 8, 64, (torch.optim.SGD, {"lr": 0.03, **MOMENTUM}),
+        {
+            "dense": ("", {}),
+            "GMP 80": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"], "sparsity": 0.8}),
+            "GMP 95": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"], "sparsity": 0.95}),
+            "2:4": ("2of4.yaml", {**CIFAR, "lr": 0.03}),
+            "structured": ("structured.yaml", {"lr": 0.03}),
+        },
+    ),
+    "scratch": Study(
+        partial(load_cifar, pretrained=False), 12, 64, (torch.optim.SGD, {"lr": 0.1, **MOMENTUM}),
+        {
+            "dense": ("", {}),
+            "GMP 80": ("gmp.yaml", {**SCRATCH, "scope": "global", "sparsity": 0.8}),
+            "GMP 90": ("gmp.yaml", {**SCRATCH, "scope": "global", "sparsity": 0.9}),
+            "GMP 95": ("gmp.yaml", {**SCRATCH, "scope": "global", "sparsity": 0.95}),
+            "AC/DC": ("acdc.yaml", {**SCRATCH, "phase": 1}),
+            "RigL": ("rigl.yaml", SCRATCH),
+            "SET": ("set.yaml", SCRATCH),
+        },
     ),
     "methods": Study(
         partial(load_cifar, images=3750), 6, 64, (torch.optim.SGD, {"lr": 0.02, **MOMENTUM}),
@@ -138,14 +199,34 @@ STUDIES = {
             "FBPS": ("fbps.yaml", {"lr": 0.02, "sparsity": 0.68}),  # of channels: about 0.9 of the weights
         },
     ),
-    "sst2": Study(
-        load_sst2, 3, 32, (torch.optim.AdamW, {"lr": 2e-4, "weight_decay": 0.01}),
+    "mobilenet": Study(
+        load_imagenette, 5, 32, (torch.optim.SGD, {"lr": 0.01, **MOMENTUM}),
         {
             "dense": ("", {}),
-            "GMP": ("gmp.yaml", {**SST2, "dense": ["re:.*embeddings", "re:.*pooler", "classifier"]}),
-            "oBERT": ("obert.yaml", {**SST2, "num_grads": 32}),
+            **{
+                f"GMP {percent}": ("gmp_distilled.yaml", {**MOBILENET, "lr": 0.02, "sparsity": percent / 100})
+                for percent in (80, 90, 95)
+            },
         },
-        teacher="disable",  # the model at the beginning knows nothing of the task
+    ),
+    "mobilenet-scratch": Study(
+        partial(load_imagenette, pretrained=False), 8, 32, (torch.optim.SGD, {"lr": 0.05, **MOMENTUM}),
+        {
+            "dense": ("", {}),
+            **{
+                f"GMP {percent}": ("gmp.yaml", {**MOBILENET, "lr": 0.05, "sparsity": percent / 100})
+                for percent in (80, 90, 95)
+            },
+        },
+    ),
+    "sst2": Study(
+        load_sst2, 2, 32, (torch.optim.AdamW, {"lr": 2e-4, "weight_decay": 0.01}),
+        {
+            "dense": ("", {}),
+            "oBERT": ("obert.yaml", {"sparsity": 0.9, "lr": 2e-4, "num_grads": 64}),
+            "movement": ("movement.yaml", {"sparsity": 0.8, "lr": 2e-4}),
+        },
+        tuned=("oBERT",),
     ),
 }  # fmt: skip
 
@@ -208,6 +289,9 @@ def run_one(study: Study, name: str, options: argparse.Namespace) -> None:
     }  # fmt: skip
     points = Points(result, path)
     parts = study.load(options.data, options.seed)
+    weights = path.with_name("dense.pt")
+    if name in study.tuned:
+        parts["model"].load_state_dict(torch.load(weights, weights_only=True))
     if not file:
         parts["model"].to(memory_format=torch.channels_last)  # the faster one for dense convolutions
     steps = -(-len(parts["train_dataset"]) // study.batch_size)
@@ -229,7 +313,7 @@ def run_one(study: Study, name: str, options: argparse.Namespace) -> None:
         trainer = SparseTrainer(
             args=args,
             recipe=Recipe.load(RECIPES / file, args={"epochs": epochs, **recipe_args}) if file else None,
-            teacher=study.teacher if file else None,
+            teacher="self" if file else None,
             optimizer_cls_and_kwargs=study.optimizer,
             callbacks=[points],
             **parts,
@@ -238,6 +322,9 @@ def run_one(study: Study, name: str, options: argparse.Namespace) -> None:
         trainer.train()
         if points.result["points"][-1]["epoch"] < epochs:
             trainer.evaluate()
+    if study.tuned and name == "dense":
+        with replacing(weights) as temporary:
+            torch.save(trainer.model.state_dict(), temporary)
     result["finished"] = True
     write_json(path, result)
 
@@ -288,15 +375,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    assert __doc__ is not None
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    shared = Path(os.environ.get("SPARSE_FT_SHARED", "../shared"))
+    parser = make_parser(__doc__)
     parser.add_argument("--study", choices=STUDIES, required=True)
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="(default: all of the study)")
-    parser.add_argument("--data", type=Path, default=shared / "data", help="(default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for results; a finished run is kept")
     parser.add_argument("--epochs", type=int, help="instead of the study's own")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from command_line import DATA, make_parser
 from torch import Tensor, nn
 
 import sparse_ft
@@ -102,17 +103,27 @@ class CifarBlock(nn.Module):
 
 
 def load_mobilenet(data: Path, _: Data) -> tuple[nn.Module, Any]:
-    """MobileNetV1 x0.75 with the ten rows of its ImageNet classifier that are imagenette's classes."""
+    return imagenette_mobilenet(data / "checkpoints/mobilenetv1_075_imagenet_keras.pth"), None
+
+
+def imagenette_mobilenet(checkpoint: Path | None) -> nn.Module:
+    """MobileNetV1 x0.75 with the ten rows of its ImageNet classifier that are imagenette's classes.
+
+    Without a checkpoint the weights are random.
+    """
     from timm.models.efficientnet import _gen_mobilenet_v1
 
     # Weights from TensorFlow: its padding, and its epsilon of batch norm.
     norm = partial(nn.BatchNorm2d, eps=1e-3)
     model = _gen_mobilenet_v1("mobilenetv1_100", 0.75, pad_type="same", norm_layer=norm)
-    model.load_state_dict(torch.load(data / "checkpoints/mobilenetv1_075_imagenet_keras.pth", weights_only=True))
+    if checkpoint is None:
+        model.reset_classifier(len(IMAGENETTE_IN_IMAGENET))
+        return model
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
     weight, bias = (p.detach()[list(IMAGENETTE_IN_IMAGENET)] for p in model.get_classifier().parameters())
     model.reset_classifier(len(IMAGENETTE_IN_IMAGENET))
     model.get_classifier().load_state_dict({"weight": weight, "bias": bias})
-    return model, None
+    return model
 
 
 def load_resnet56(data: Path, _: Data) -> tuple[nn.Module, Any]:
@@ -525,15 +536,10 @@ def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    assert __doc__ is not None
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    shared = Path(os.environ.get("SPARSE_FT_SHARED", "../shared"))
+    parser = make_parser(__doc__)
     parser.add_argument("--experiments", nargs="+", choices=sorted(EXPERIMENTS), default=sorted(EXPERIMENTS))
     parser.add_argument(
-        "--data", type=Path, default=shared / "data", help="folder of datasets and checkpoints (default: %(default)s)"
+        "--data", type=Path, default=DATA, help="folder of datasets and checkpoints (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for results; a stopped run continues in it")
     parser.add_argument("--epochs", type=float, help="of fine-tuning, instead of each experiment's own")

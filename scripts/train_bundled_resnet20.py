@@ -21,6 +21,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from command_line import DATA, make_parser
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,11 +36,10 @@ Split = tuple[Tensor, Tensor]  # images uint8 (N, 3, 32, 32), labels int64 (N,)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shared = Path(os.environ.get("SPARSE_FT_SHARED", "../shared"))
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--data",
-        default=str(shared / "data" / "cifar10"),
+        default=str(DATA / "cifar10"),
         help="folder with train.parquet and test.parquet, or a dataset id (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist yet")
