@@ -136,6 +136,17 @@ struct CompactGradient {
     int threads;
 };
 
+// The entries of a dense weight whose magnitude is at least a threshold and not 0, or that are NaN.
+struct RowsAbove {
+    const float* weight;
+    int64_t rows, cols;
+    float threshold;
+    const uint8_t*
+        taps;  // of column k the number is k % tap_count; entries are only of those that are not 0; null: all
+    int64_t tap_count;
+    int threads;
+};
+
 // What one instruction set offers. A function returns null, or a static text saying what is wrong
 // with the pattern it was given; nothing has been written then.
 struct Kernels {
@@ -152,7 +163,9 @@ struct Kernels {
     void (*compact_bits)(const Compact&, const View& x, float threshold, uint8_t* bits, int64_t* counts, int threads);
     void (*compact_values)(const Compact&, const View& x, float* values, int threads);
     void (*compact_expand)(const Compact&, const View& x, int threads);
-    int64_t (*compact_gradient)(const CompactGradient&);     // how many multiply-adds it took
+    int64_t (*compact_gradient)(const CompactGradient&);              // how many multiply-adds it took
+    int64_t (*count_rows_above)(const RowsAbove&, int32_t* row_ptr);  // how many there are in all
+    void (*fill_rows_above)(const RowsAbove&, const int32_t* row_ptr, int32_t* col, float* values);
     double (*fma_peak)(double seconds);                      // GF/s of one thread: FMA from registers
     double (*load_fma_peak)(int64_t bytes, double seconds);  // one vector load per FMA over a buffer of `bytes`
 };
@@ -177,7 +190,7 @@ void build_rows(const float* weight, const uint8_t* mask, int64_t rows, int64_t 
                 float* values, int threads);
 // Transposed rows: (stride phase, input channel); entry = output-channel-in-group * taps + tap.
 void build_transpose(const PatternShape&, const int32_t* row_ptr, const int32_t* col, int32_t* t_row_ptr,
-                     int32_t* t_col, int32_t* perm);
+                     int32_t* t_col, int32_t* perm, int threads = 1);
 // A number that two index arrays share only if they are equal, but for chance in 2^64.
 uint64_t fingerprint(const int32_t* values, int64_t count);
 // Null, or what is wrong: range, order, count.

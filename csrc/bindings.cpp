@@ -273,6 +273,30 @@ PYBIND11_MODULE(_native, m) {
               return active_kernels().compact_gradient(q);
           });
 
+    m.def("count_rows_above", [](Address weight, int64_t rows, int64_t cols, float threshold, Address taps,
+                                 int64_t tap_count, Address row_ptr, int threads) {
+        const RowsAbove q{at<const float>(weight), rows, cols, threshold, at<const uint8_t>(taps), tap_count, threads};
+        py::gil_scoped_release release;
+        return active_kernels().count_rows_above(q, at<int32_t>(row_ptr));
+    });
+    m.def("build_rows_above",
+          [](const Convolution& c, Address weight, float threshold, Address taps, Address row_ptr, Address col,
+             Address values, Address t_row_ptr, Address t_col, Address perm, int threads) {
+              const PatternShape shape = pattern_shape(c);
+              const int64_t tap_count = c.weight[2] * c.weight[3];
+              const RowsAbove q{at<const float>(weight),
+                                c.weight[0],
+                                c.weight[1] * tap_count,
+                                threshold,
+                                at<const uint8_t>(taps),
+                                tap_count,
+                                threads};
+              py::gil_scoped_release release;
+              active_kernels().fill_rows_above(q, at<int32_t>(row_ptr), at<int32_t>(col), at<float>(values));
+              build_transpose(shape, at<const int32_t>(row_ptr), at<const int32_t>(col), at<int32_t>(t_row_ptr),
+                              at<int32_t>(t_col), at<int32_t>(perm), threads);
+          });
+
     m.def("available_isas", &available, "Instruction sets that this processor can run, best first.");
     m.def("active_isa", [] { return std::string(active_kernels().name); });
     m.def("activate_isa", [](const std::string& name) { return activate_kernels(name.c_str()); });

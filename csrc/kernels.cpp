@@ -7,6 +7,7 @@
 #include "norm.cpp"
 #include "pool.cpp"
 #include "roofs.cpp"
+#include "rows_above.cpp"
 #include "sampled_product.cpp"
 #if defined(__AVX512F__)
 #include "generated_gather.cpp"
@@ -35,6 +36,8 @@ const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
                                compact_values,
                                compact_expand,
                                compact_gradient,
+                               count_rows_above,
+                               fill_rows_above,
                                fma_peak,
                                load_fma_peak};
     return &table;

@@ -70,9 +70,10 @@ void build_rows(const float* weight, const uint8_t* mask, int64_t rows, int64_t 
 }
 
 void build_transpose(const PatternShape& s, const int32_t* row_ptr, const int32_t* col, int32_t* t_row_ptr,
-                     int32_t* t_col, int32_t* perm) {
+                     int32_t* t_col, int32_t* perm, int threads) {
     // A counting sort by (phase of the tap, input channel). Rows are read in order, so entries of one
-    // transposed row come out by ascending output channel, and by ascending tap within one channel.
+    // transposed row come out by ascending output channel, and by ascending tap within one channel. Each thread has
+    // some rows, and in every transposed row a place after the threads before it.
     const int64_t taps = s.kernel_h * s.kernel_w, per_group = s.out_channels / s.groups;
     const int64_t channels = s.in_per_group * s.groups, rows = s.stride_y * s.stride_x * channels;
     std::vector<int32_t> tap_row(static_cast<size_t>(taps));  // first transposed row of the tap's phase
@@ -87,21 +88,39 @@ void build_transpose(const PatternShape& s, const int32_t* row_ptr, const int32_
             to_row[size_t(i)] = tap_row[size_t(k)] + int32_t(c);
             to_tap[size_t(i)] = int32_t(k);
         }
-    std::fill(t_row_ptr, t_row_ptr + rows + 1, 0);
-    for (int64_t o = 0; o < s.out_channels; ++o) {
-        int32_t* count = t_row_ptr + 1 + o / per_group * s.in_per_group;
-        for (int32_t j = row_ptr[o]; j < row_ptr[o + 1]; ++j) ++count[to_row[size_t(col[j])]];
-    }
-    for (int64_t r = 0; r < rows; ++r) t_row_ptr[r + 1] += t_row_ptr[r];
-    std::vector<int32_t> next(t_row_ptr, t_row_ptr + rows);
-    for (int64_t o = 0; o < s.out_channels; ++o) {
-        int32_t* place = next.data() + o / per_group * s.in_per_group;
-        const int32_t base = int32_t(o % per_group * taps);
-        for (int32_t j = row_ptr[o]; j < row_ptr[o + 1]; ++j) {
-            const size_t k = size_t(col[j]);
-            const int32_t at = place[to_row[k]]++;
-            t_col[at] = base + to_tap[k];
-            perm[at] = j;
+    std::vector<int32_t> places(static_cast<size_t>(threads * rows), 0);  // by thread: counts, then where to go on
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+        const int64_t begin = s.out_channels * part / parts, end = s.out_channels * (part + 1) / parts;
+        int32_t* const own = places.data() + part * rows;
+        for (int64_t o = begin; o < end; ++o) {
+            int32_t* count = own + o / per_group * s.in_per_group;
+            for (int32_t j = row_ptr[o]; j < row_ptr[o + 1]; ++j) ++count[to_row[size_t(col[j])]];
+        }
+#pragma omp barrier
+#pragma omp single
+        {
+            int32_t total = 0;
+            for (int64_t r = 0; r < rows; ++r) {
+                t_row_ptr[r] = total;
+                for (int64_t p = 0; p < parts; ++p) {
+                    const int32_t count = places[size_t(p * rows + r)];
+                    places[size_t(p * rows + r)] = total;
+                    total += count;
+                }
+            }
+            t_row_ptr[rows] = total;
+        }
+        for (int64_t o = begin; o < end; ++o) {
+            int32_t* place = own + o / per_group * s.in_per_group;
+            const int32_t base = int32_t(o % per_group * taps);
+            for (int32_t j = row_ptr[o]; j < row_ptr[o + 1]; ++j) {
+                const size_t k = size_t(col[j]);
+                const int32_t at = place[to_row[k]]++;
+                t_col[at] = base + to_tap[k];
+                perm[at] = j;
+            }
         }
     }
 }

@@ -74,6 +74,13 @@ def compact_gradient(
     conv: Convolution, size: _Sizes, lanes: _Sizes, bits: int, start: int, values: int, out_size: _Sizes, grad: int,
     grad_stride: _Sizes, weight_grad: int, threads: int,
 ) -> int: ...  # fmt: skip
+def count_rows_above(
+    weight: int, rows: int, cols: int, threshold: float, taps: int, tap_count: int, row_ptr: int, threads: int
+) -> int: ...
+def build_rows_above(
+    conv: Convolution, weight: int, threshold: float, taps: int, row_ptr: int, col: int, values: int, t_row_ptr: int,
+    t_col: int, perm: int, threads: int,
+) -> None: ...  # fmt: skip
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...
 def activate_isa(name: str) -> bool: ...

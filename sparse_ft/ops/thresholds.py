@@ -1,0 +1,55 @@
+"""Patterns of the weights whose magnitude reaches a threshold, in one pass over them: for sets that change often."""
+
+import torch
+from torch import Tensor
+
+from sparse_ft.ops import _native, native
+from sparse_ft.ops.pattern import SparsePattern
+
+
+def count_at_least(weight: Tensor, threshold: float) -> int:
+    """How many of the weights have a magnitude of at least `threshold` and are not zero."""
+    if native.native_reason(weight):
+        magnitude = weight.detach().abs()
+        return int(torch.count_nonzero((magnitude >= threshold) & (magnitude > 0)))
+    weight = weight.detach().contiguous()
+    rows = torch.empty(2, dtype=torch.int32)
+    count = weight.numel()
+    return _native.count_rows_above(
+        weight.data_ptr(), 1, count, threshold, 0, 1, rows.data_ptr(), native._threads(count)
+    )
+
+
+def pattern_at_least(
+    weight: Tensor, threshold: float, *, stride, padding, dilation, groups: int, taps: Tensor | None = None
+) -> tuple[SparsePattern, Tensor]:
+    """The pattern and the values of the weights with a magnitude of at least `threshold` that are not zero.
+
+    Args:
+        weight: float32 on CPU, (O, I/groups, KH, KW).
+        stride, padding, dilation, groups: of the convolution; padding counts rows above and columns left.
+        taps: uint8 (KH * KW,), 0 for kernel positions to leave out; none of them by default.
+
+    Raises:
+        ValueError: for 2**31 nonzeros and more.
+    """
+    weight = weight.detach().contiguous()
+    shape = tuple(weight.shape)
+    rows, tap_count = shape[0], shape[2] * shape[3]
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    threads = native._threads(4 * weight.numel())
+    row_ptr = torch.empty(rows + 1, dtype=torch.int32)
+    nnz = _native.count_rows_above(
+        weight.data_ptr(), rows, shape[1] * tap_count, threshold, native._pointer(taps), tap_count,
+        row_ptr.data_ptr(), threads,
+    )  # fmt: skip
+    if nnz >= 2**31:
+        raise ValueError(f"a sparse weight holds at most 2**31 - 1 nonzeros, this one of shape {shape} has {nnz}")
+    col, t_col, perm = (torch.empty(nnz, dtype=torch.int32) for _ in range(3))
+    t_row_ptr = torch.empty(stride[0] * stride[1] * shape[1] * groups + 1, dtype=torch.int32)
+    values = torch.empty(nnz)
+    _native.build_rows_above(
+        native.convolution(shape, *geometry), weight.data_ptr(), threshold, native._pointer(taps), row_ptr.data_ptr(),
+        col.data_ptr(), values.data_ptr(), t_row_ptr.data_ptr(), t_col.data_ptr(), perm.data_ptr(), threads,
+    )  # fmt: skip
+    return SparsePattern([row_ptr, col, t_row_ptr, t_col, perm], shape, *geometry), values
