@@ -69,11 +69,16 @@ class Study:
     tuned: tuple[str, ...] = ()
 
 
-def load_cifar(data: Path, seed: int, *, pretrained: bool = True, images: int | None = None) -> dict[str, Any]:
+def resnet20_for_cifar(data: Path, *, pretrained: bool) -> CifarResNet:
     model = CifarResNet(20, 10)
     if pretrained:
         saved = torch.load(data / "checkpoints/resnet20-12fca82f.th", weights_only=True, map_location="cpu")
         model.load_state_dict({name.removeprefix("module."): value for name, value in saved["state_dict"].items()})
+    return model
+
+
+def load_cifar(data: Path, seed: int, *, pretrained: bool = True, images: int | None = None) -> dict[str, Any]:
+    model = resnet20_for_cifar(data, pretrained=pretrained)
     splits, _ = load_splits(str(data / "cifar10"))
     train_images, train_labels = splits["train"]
     return image_parts(model, (train_images[:images], train_labels[:images]), splits["test"])

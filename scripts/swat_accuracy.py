@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Trains ResNet-20 on CIFAR-10 from scratch, dense and under SWAT, on the same batches: accuracy at equal epochs.
+"""Trains a network on CIFAR-10, dense and under SWAT, on the same batches: accuracy at equal epochs.
 
-    python scripts/swat_accuracy.py --output out/swat [--runs dense 80 erk-90] [--epochs 12]
+    python scripts/swat_accuracy.py --output out/swat [--start resnet18] [--runs dense 80 erk-90] [--epochs 12]
 
-Each run leaves RUN.json in OUTPUT, with a point for every epoch; one that is finished is not repeated.
+--start says which network, and whether from random weights: resnet20 (He et al. 2016, 0.27 M weights), pretrained
+(the same, trained on all 50,000 images) or resnet18 (of timm, 11 M weights). Each run leaves RUN.json in OUTPUT, with
+a point for every epoch; one that is finished is not repeated.
 """
 
 import argparse
@@ -12,9 +14,11 @@ import os
 import time
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
-from real_data import CifarResNet, write_json
+from measure_recipes import resnet20_for_cifar
+from real_data import write_json
 from torch import Tensor, nn
 from train_bundled_resnet20 import Split, augment, batches, load_splits, normalise
 
@@ -34,15 +38,23 @@ training_modifiers:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("SPARSE_FT_SHARED", "../shared"))
-    parser.add_argument("--data", type=Path, default=shared / "data" / "cifar10")
+    parser.add_argument("--data", type=Path, default=shared / "data")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--start", choices=("resnet20", "pretrained", "resnet18"), default="resnet20")
     parser.add_argument("--runs", nargs="+", default=["dense", "70", "80", "90"], help="dense, or zeros: 80, erk-90")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
+
+
+def load_model(start: str, data: Path) -> nn.Module:
+    if start == "resnet18":
+        return timm.create_model("resnet18", num_classes=10)
+    return resnet20_for_cifar(data, pretrained=start == "pretrained")
 
 
 def train(args: argparse.Namespace, run: str, splits: dict[str, Split]) -> None:
@@ -50,8 +62,8 @@ def train(args: argparse.Namespace, run: str, splits: dict[str, Split]) -> None:
     if path.exists() and json.loads(path.read_text())["finished"]:
         return
     torch.manual_seed(args.seed)
-    model = CifarResNet(20, 10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    model = load_model(args.start, args.data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     recipe_args = {"epochs": args.epochs, "lr": args.lr}
     if run == "dense":
         model.to(memory_format=torch.channels_last)
@@ -60,7 +72,8 @@ def train(args: argparse.Namespace, run: str, splits: dict[str, Split]) -> None:
         recipe_args |= {"sparsity": int(percent) / 100, "scope": scope or "uniform"}
     steps = len(splits["train"][1]) // args.batch_size
     session = SparseSession(model, DENSE if run == "dense" else SWAT, optimizer, steps, recipe_args=recipe_args)
-    result = {"run": run, "recipe_args": recipe_args, "batch_size": args.batch_size, "seed": args.seed}
+    settings = {key: getattr(args, key) for key in ("start", "batch_size", "weight_decay", "seed")}
+    result = {"run": run, "recipe_args": recipe_args} | settings
     result |= {"finished": False, "points": []}
     spent = 0.0
     for epoch in range(1, args.epochs + 1):
@@ -99,7 +112,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    splits, _ = load_splits(str(args.data))
+    splits, _ = load_splits(str(args.data / "cifar10"))
     for run in args.runs:
         train(args, run, splits)
 

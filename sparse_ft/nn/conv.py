@@ -7,7 +7,7 @@ from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
 from sparse_ft.ops.gradients import conv2d, to_layout
 
 
-def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """(top, left, bottom, right). "same" puts the odd row or column below and to the right, as torch does."""
     if conv.padding == "valid":
         return (0, 0, 0, 0)
@@ -42,7 +42,7 @@ class SparseConv2d(SparseModule):
         super().__init__()
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, name, getattr(conv, name))
-        self._padding = _padding_of(conv)
+        self._padding = padding_of(conv)
         self._set_weight(pattern, values, conv.bias, conv.weight)
 
     @classmethod
@@ -55,7 +55,7 @@ class SparseConv2d(SparseModule):
         if conv.padding_mode != "zeros":
             raise ValueError(f"SparseConv2d pads with zeros only, not {conv.padding_mode!r}: leave this layer dense")
         pattern, values = SparsePattern.build(
-            conv.weight, mask, stride=conv.stride, padding=_padding_of(conv)[:2], dilation=conv.dilation,
+            conv.weight, mask, stride=conv.stride, padding=padding_of(conv)[:2], dilation=conv.dilation,
             groups=conv.groups,
         )  # fmt: skip
         return cls(conv, pattern, values).train(conv.training)

@@ -13,11 +13,11 @@ def count_at_least(weight: Tensor, threshold: float) -> int:
         magnitude = weight.detach().abs()
         return int(torch.count_nonzero((magnitude >= threshold) & (magnitude > 0)))
     weight = weight.detach().contiguous()
-    rows = torch.empty(2, dtype=torch.int32)
-    count = weight.numel()
+    row_ptr = torch.empty(weight.shape[0] + 1, dtype=torch.int32)
     return _native.count_rows_above(
-        weight.data_ptr(), 1, count, threshold, 0, 1, rows.data_ptr(), native._threads(count)
-    )
+        weight.data_ptr(), weight.shape[0], weight.numel() // max(1, weight.shape[0]), threshold, 0, 1,
+        row_ptr.data_ptr(), native._threads(weight.numel()),
+    )  # fmt: skip
 
 
 def pattern_at_least(

@@ -13,8 +13,9 @@ from torch import nn
 
 from sparse_ft import RecipeError, SparseSession
 from sparse_ft.methods.swat import budgets
+from sparse_ft.methods.swat.active import Active, Geometry, reached_taps
 from sparse_ft.methods.swat.layers import State, SWATLayer, adapt, describe, restore, swat_layers
-from sparse_ft.methods.swat.products import Active, Geometry, Products
+from sparse_ft.methods.swat.products import Products
 from sparse_ft.ops.compact import largest_mask
 
 sys.path.append(str(Path(__file__).parents[1] / "session"))
@@ -31,7 +32,7 @@ def recipe(fields):
 def under_swat(layer, *, keep=0.25, kept_input=0.4, policy="always"):
     geometry = Geometry.of(layer)
     mask = largest_mask(layer.weight, round(keep * layer.weight.numel()))
-    state = State(Products(geometry, policy, 10), Active(mask, layer.weight, geometry), kept_input)
+    state = State(Products(geometry, policy, 10), Active(geometry, layer.weight, mask=mask), kept_input)
     adapt(layer, state)
     return state
 
@@ -68,6 +69,8 @@ LAYERS = {
     "same": (lambda: nn.Conv2d(4, 6, 4, padding="same"), (3, 4, 8, 8)),
     "linear": (lambda: nn.Linear(30, 17), (11, 30)),
     "tokens": (lambda: nn.Linear(12, 8, bias=False), (2, 5, 12)),
+    "tiny": (lambda: nn.Conv2d(6, 20, 3, padding=1), (9, 6, 1, 1)),  # eight of nine taps read padding alone
+    "tiny stride": (lambda: nn.Conv2d(6, 20, (3, 5), stride=2, padding=(1, 2)), (8, 6, 2, 3)),
 }
 
 
@@ -81,11 +84,12 @@ def test_a_layer_computes_with_large_weights_and_large_inputs(kind, policy):
     y = layer(x)
     grad = torch.randn_like(y)
     y.backward(grad)
-    want = emulated(layer, state.active.mask, x, grad, 0.4)
+    mask = state.active.mask(layer.weight)
+    want = emulated(layer, mask, x, grad, 0.4)
     for got, expected in zip((y, x.grad, layer.weight.grad, getattr(layer.bias, "grad", None)), want, strict=True):
         assert (got is None) == (expected is None)
         assert got is None or torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-4)
-    assert layer.weight.grad[~state.active.mask].any()  # any weight may come to be used
+    assert layer.weight.grad[~mask].any()  # any weight may come to be used
     assert (state.kept, state.seen) == (int(0.4 * x.numel()), x.numel())
 
 
@@ -100,7 +104,7 @@ def test_other_dtypes_are_computed_by_torch(policy):
     y = layer(x)
     grad = torch.randn_like(y)
     y.backward(grad)
-    want = emulated(layer, state.active.mask, x, grad, 0.4)
+    want = emulated(layer, state.active.mask(layer.weight), x, grad, 0.4)
     assert all(
         torch.allclose(a, b) for a, b in zip((y, x.grad, layer.weight.grad, layer.bias.grad), want, strict=True)
     )
@@ -142,15 +146,86 @@ def test_equal_inputs_never_exceed_the_share():
     assert state.kept == int((x == 2).sum())
 
 
+def test_taps_that_read_padding_alone_are_left_out_for_inputs_that_small():
+    geometry = Geometry.of(nn.Conv2d(1, 1, 3, padding=1))
+    assert reached_taps(geometry, 1, 1).tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert reached_taps(geometry, 1, 2).tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert reached_taps(geometry, 2, 2) is None
+    stride = Geometry.of(nn.Conv2d(1, 1, 3, stride=2, padding=1))
+    assert reached_taps(stride, 2, 2).tolist() == [0, 0, 0, 0, 1, 1, 0, 1, 1]
+
+    layer = nn.Conv2d(6, 20, 3, padding=1)
+    state = under_swat(layer, policy="always")
+    with torch.no_grad():
+        small = layer(torch.randn(8, 6, 1, 1))
+        assert state.active.used.values.numel() < int(state.active.mask(layer.weight).sum())
+        x = torch.randn(8, 6, 5, 5)
+        masked = F.conv2d(x, layer.weight * state.active.mask(layer.weight), layer.bias, padding=1)
+        assert small.shape == (8, 20, 1, 1) and torch.allclose(layer(x), masked, atol=1e-5)
+
+
+def test_a_weight_that_was_written_to_is_read_anew():
+    for fused in (False, True):
+        layer, x = nn.Linear(10, 6), torch.randn(4, 10)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=fused)
+        geometry = Geometry.of(layer)
+        mask = largest_mask(layer.weight, 20)
+        for which in ({"mask": mask}, {"threshold": 0.1}, {"mask": mask, "threshold": 0.1}):
+            active = Active(geometry, layer.weight, **which)
+            adapt(layer, State(Products(geometry, "always", 10), active, 1.0))
+            for _ in range(3):
+                layer(x).square().sum().backward()
+                optimizer.step()
+                active.changed()  # torch's fused optimizers leave the version as it is
+                optimizer.zero_grad()
+                in_use = mask if which.keys() == {"mask"} else layer.weight.abs() >= 0.1
+                want = F.linear(x, layer.weight * in_use, layer.bias)
+                assert torch.allclose(layer(x), want, atol=1e-5)
+            with torch.no_grad():
+                layer.weight.mul_(2)
+            assert active.operands(layer.weight, 1, 1).values.abs().max() == layer.weight.abs().max()
+            restore(layer)
+
+
+@pytest.mark.parametrize("between", ["threshold", "weights"])
+@pytest.mark.parametrize("structure", ["unstructured", "channel"])
+def test_a_sparse_start_does_not_let_in_every_weight(between, structure):
+    model, optimizer, session = make(
+        recipe(f"{FIELDS}, update_period: 6, policy: always, between: {between}, mask_type: {structure}")
+    )
+    with torch.no_grad():
+        model.hidden.weight[:, 1:] = 0.0
+        model.conv.weight[2:] = 0.0
+        model.conv.bias.zero_() if model.conv.bias is not None else None
+    parts = [model.conv, model.hidden]
+
+    def note(step):
+        for layer in parts:
+            mask = layer.swat.active.mask(layer.weight)
+            assert int(mask.sum()) <= 0.5 * mask.numel()
+
+    train(model, optimizer, session, 12, each=note)
+
+
+def test_all_zero_weights_have_no_threshold():
+    assert budgets.smallest_kept(torch.zeros(4, 4), 4, "unstructured") == float("inf")
+    assert budgets.smallest_kept(torch.ones(4, 4), 0, "unstructured") == float("inf")
+    weight = torch.tensor([[0.0, -2.0, 3.0, 0.0]])
+    assert budgets.smallest_kept(weight, 3, "unstructured") == 2.0
+    assert not budgets.at_least(weight, 0.0, "unstructured")[0, 0]
+
+
 def _watched(fields, steps):
-    """What stands after each step: the weights in use, their threshold, that of the inputs; and the weights."""
+    """What stands after each step: the weights in use, their threshold, that of the inputs, the weights; and the
+    positions that this step computed with, unless weights have just been chosen."""
     model, optimizer, session = make(recipe(f"{FIELDS}, update_period: 4, policy: always, {fields}"))
     seen = []
 
     def note(step):
         weight = model.hidden.weight.detach().clone()
-        state = model.hidden.swat if isinstance(model.hidden, SWATLayer) else None
-        seen.append(state and (state.active.mask.clone(), state.weight_threshold, state.threshold, weight))
+        state = model.hidden.swat
+        active, used = state.active, state.active.used and state.active.used.pattern.mask().view(weight.shape)
+        seen.append((active.mask(model.hidden.weight), active.threshold, state.threshold, weight, used))
 
     train(model, optimizer, session, steps, each=note)
     return list(zip(*seen, strict=True))
@@ -158,25 +233,29 @@ def _watched(fields, steps):
 
 @pytest.mark.parametrize("between", ["threshold", "weights"])
 def test_thresholds_are_found_every_period(between):
-    masks, used_from, thresholds, weights = _watched(f"between: {between}", 17)
+    masks, used_from, thresholds, weights, _ = _watched(f"between: {between}", 17)
     for step in (4, 8, 12, 16):
         assert torch.equal(masks[step], largest_mask(weights[step], weights[step].numel() // 4))
     # That of inputs is found in the step after the choice, and in use until the next.
     assert [step for step in range(17) if thresholds[step] is None] == [0, 4, 8, 12, 16]
     assert all(thresholds[step] == thresholds[step + 1] for step in (1, 2, 5, 6, 9, 10))
     assert thresholds[3] != thresholds[5]
-    assert [step for step in range(1, 17) if used_from[step] != used_from[step - 1]] == [4, 8, 12, 16]
+    if between == "threshold":
+        assert [step for step in range(1, 17) if used_from[step] != used_from[step - 1]] == [4, 8, 12, 16]
 
 
 def test_between_two_choices_the_threshold_stands():
-    masks, used_from, _, weights = _watched("between: threshold", 17)
-    for mask, threshold, weight in zip(masks, used_from, weights, strict=True):
+    masks, used_from, _, weights, used = _watched("between: threshold", 17)
+    for step, (mask, threshold, weight) in enumerate(zip(masks, used_from, weights, strict=True)):
         assert torch.equal(mask, weight.abs() >= threshold)
+        assert (used[step] is None) == (step % 4 == 0)
+        assert used[step] is None or torch.equal(used[step], masks[step - 1])
     assert sum(not torch.equal(masks[step], masks[step - 1]) for step in range(1, 17)) > 4
 
 
 def test_or_the_weights_in_use_stand():
-    masks, *_ = _watched("between: weights", 17)
+    masks, *_, used = _watched("between: weights", 17)
+    assert all(torch.equal(used[step], masks[step]) for step in range(17) if step % 4)
     assert [step for step in range(1, 17) if not torch.equal(masks[step], masks[step - 1])] == [4, 8, 12, 16]
 
 
@@ -309,9 +388,10 @@ def test_erk_takes_the_first_convolution_too():
     train(model, optimizer, session, 2)
     parts = [model.stem, model.conv, model.hidden, model.head]
     sizes = [layer.weight.numel() for layer in parts]
-    kept = [p.swat.active.index.numel() if isinstance(p, SWATLayer) else p.weight.numel() for p in parts]
+    masks = [p.swat.active.mask(p.weight) if isinstance(p, SWATLayer) else torch.ones_like(p.weight) for p in parts]
+    kept = [int(mask.sum()) for mask in masks]
     assert sum(kept) == sum(sizes) - round(0.75 * sum(sizes))
-    assert model.hidden.swat.active.density < model.conv.swat.active.density
+    assert kept[2] / sizes[2] < kept[1] / sizes[1]
 
 
 def test_budget_by_momentum_goes_where_momentum_is_large():

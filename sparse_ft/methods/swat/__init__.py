@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparse_ft.masks import prunable_layers
 from sparse_ft.nn import SparseConv2d, follow_layout, restore_stock
+from sparse_ft.ops.thresholds import count_at_least
 from sparse_ft.optimizer_state import elementwise_state
 from sparse_ft.tune import TimingCache
 
@@ -19,8 +20,9 @@ from ..registry import register
 from ..targets import ALL_PRUNABLE, Target
 from ..training import Training
 from . import budgets
+from .active import Active, Geometry
 from .layers import State, adapt, obstacle, restore
-from .products import Active, Geometry, Products
+from .products import Products
 
 _MOMENTA = ("momentum_buffer", "exp_avg")  # of SGD and of Adam
 
@@ -108,46 +110,67 @@ class SWAT(MaskedTargets, Bounded):
         ):
             raise self.wrong("scope", "momentum needs an optimizer with momentum: SGD with momentum, Adam or AdamW")
         self._began = training.step
-        self._adapt(training, self._choose(training))
+        keep = self._budget(training)
+        self._adapt(training, self._choose(training, keep), keep)
 
     def resume(self, training: Training) -> None:
         super().resume(training)
         if self.phase.ended:
             return
-        self._adapt(training, self._saved["masks"])
+        self._adapt(training, {
+            name: self._active(name, mask=mask, threshold=self._saved["weight_thresholds"][name])
+            for name, mask in self._saved["masks"].items()
+        }, self._budget(training))  # fmt: skip
         for name, state in self._states.items():
             state.threshold = self._saved["thresholds"][name]
-            state.weight_threshold = self._saved["weight_thresholds"][name]
             state.keep = self._saved["kept_inputs"][name]
             state.products.forms = dict(self._saved["forms"][name])
 
-    def _adapt(self, training: Training, masks: Mapping[str, Tensor]) -> None:
+    def _adapt(self, training: Training, chosen: Mapping[str, Active], keep: Mapping[str, int]) -> None:
         self.stop_listening()
         self._model = training.model
         cache = TimingCache() if self.policy == "auto" else None
-        for name, target in self.targets.items():
-            mask = masks.get(name)
-            if mask is None or bool(mask.all()):
-                continue  # its budget leaves it dense
-            module: Any = target.module
-            geometry = Geometry.of(module)
-            products = Products(geometry, self.policy, self.update_period if self.between == "weights" else 1, cache)
-            active = Active(mask, target.parameter, geometry)
-            threshold = budgets.smallest(target.parameter, mask, self.mask_type)
-            self._states[name] = State(products, active, self._kept_share(active), threshold)
-            adapt(module, self._states[name])
+        period = self.update_period if self.between == "weights" else 1
+        for name, active in chosen.items():
+            products = Products(active.geometry, self.policy, period, cache)
+            self._states[name] = State(products, active, self._kept_share(name, keep[name]))
+            adapt(self.targets[name].module, self._states[name])
         if any(isinstance(self.targets[name].module, nn.Conv2d) for name in self._states) and self.policy != "none":
             for module in training.model.modules():
                 follow_layout(module)
 
-    def _kept_share(self, active: Active) -> float:
+    def _kept_share(self, name: str, keep: int) -> float:
         """Of the input."""
-        return active.density if self.activation_sparsity is None else 1.0 - self.activation_sparsity
+        if self.activation_sparsity is not None:
+            return 1.0 - self.activation_sparsity
+        return keep / self.targets[name].parameter.numel()
 
-    def _choose(self, training: Training) -> dict[str, Tensor]:
-        """The weights to use from now on."""
-        weights = {name: target.parameter.detach() for name, target in self.targets.items()}
-        keep = self._budget(training)
+    def _choose(self, training: Training, keep: Mapping[str, int]) -> dict[str, Active]:
+        """The weights to use from now on, of all layers but those whose budget leaves them dense."""
+        weights = {
+            name: target.parameter.detach()
+            for name, target in self.targets.items()
+            if keep[name] < target.parameter.numel()
+        }
+        if self.between == "weights":
+            masks = self._masks(training, weights, keep)
+            return {name: self._active(name, mask=mask) for name, mask in masks.items()}
+        found = [budgets.smallest_kept(weight, keep[name], self.mask_type) for name, weight in weights.items()]
+        thresholds = training.share(torch.tensor(found, dtype=torch.float64)).tolist()
+        chosen = {}
+        for (name, weight), threshold in zip(weights.items(), thresholds, strict=True):
+            alike = self.mask_type != "unstructured" or count_at_least(weight, threshold) > keep[name]
+            mask = budgets.active_mask(weight, keep[name], self.mask_type) if alike else None
+            chosen[name] = self._active(name, mask=mask, threshold=threshold)
+        return chosen
+
+    def _active(self, name: str, **which: Any) -> Active:
+        module: Any = self.targets[name].module
+        structure = self.mask_type if isinstance(module, nn.Conv2d) else "unstructured"
+        return Active(Geometry.of(module), module.weight, structure=structure, **which)
+
+    def _masks(self, training: Training, weights: Mapping[str, Tensor], keep: Mapping[str, int]) -> dict[str, Tensor]:
+        """The largest of each weight, for good or until the next choice."""
         return training.agree(
             {name: budgets.active_mask(weight, keep[name], self.mask_type) for name, weight in weights.items()}
         )
@@ -168,38 +191,36 @@ class SWAT(MaskedTargets, Bounded):
         momentum = next((found[key] for key in _MOMENTA if key in found), None)
         if momentum is None:  # it has had no gradient yet
             return 0.0
-        return float(self._states[name].active.values(momentum).abs().mean())
+        mask = self._states[name].active.mask(self.targets[name].parameter)
+        return float(momentum[mask].abs().mean()) if mask.any() else 0.0
 
     def before_step(self, training: Training) -> None:
         """Thresholds that were found in this step are those of the first process, for all."""
         if self._is_due(training.step - 1) or training.step == self._began + 1:
             thresholds = [state.threshold for state in self._states.values()]
-            shared = training.share(torch.tensor([torch.nan if t is None else t for t in thresholds]))
+            found = torch.tensor([torch.nan if t is None else t for t in thresholds], dtype=torch.float64)
+            shared = training.share(found)
             for state, threshold in zip(self._states.values(), shared.tolist(), strict=True):
                 state.threshold = None if threshold != threshold else threshold
 
     def after_step(self, training: Training) -> None:
-        if not self._states:
+        for state in self._states.values():
+            state.active.changed()
+        if not self._states or not self._is_due(training.step):
             return
-        due = self._is_due(training.step)
-        masks = self._choose(training) if due else {}
+        keep = self._budget(training)
+        chosen = self._choose(training, keep)
         for name, state in self._states.items():
-            weight = self.targets[name].parameter
-            if due:
-                state.active = Active(masks[name], weight, state.products.geometry)
-                state.keep, state.threshold = self._kept_share(state.active), None
-                state.weight_threshold = budgets.smallest(weight, masks[name], self.mask_type)
-            elif self.between == "threshold":
-                mask = budgets.at_least(weight, state.weight_threshold, self.mask_type)
-                if not torch.equal(mask, state.active.mask):
-                    state.active = Active(mask, weight, state.products.geometry)
+            state.active = chosen[name]
+            state.keep, state.threshold = self._kept_share(name, keep[name]), None
 
     def _is_due(self, step: int) -> bool:
         """Whether weights and thresholds are chosen anew after a step."""
         return step > self._began and (step - self._began) % self.update_period == 0
 
     def end(self, training: Training) -> None:
-        masks = self._choose(training)
+        weights = {name: target.parameter.detach() for name, target in self.targets.items()}
+        masks = self._masks(training, weights, self._budget(training))
         self.stop_listening()
         training.masks.hold(self.owner, self.targets, masks)
         if not self.leave_enabled:
@@ -220,9 +241,9 @@ class SWAT(MaskedTargets, Bounded):
             return {}
         return {
             "began": self._began,
-            "masks": {name: state.active.mask for name, state in self._states.items()},
+            "masks": {name: state.active.mask(self.targets[name].parameter) for name, state in self._states.items()},
             "thresholds": {name: state.threshold for name, state in self._states.items()},
-            "weight_thresholds": {name: state.weight_threshold for name, state in self._states.items()},
+            "weight_thresholds": {name: state.active.threshold for name, state in self._states.items()},
             "kept_inputs": {name: state.keep for name, state in self._states.items()},
             "forms": {name: dict(state.products.forms) for name, state in self._states.items()},
         }

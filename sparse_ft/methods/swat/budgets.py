@@ -1,12 +1,13 @@
 """How many weights each layer keeps under SWAT, and which: tensor functions."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from sparse_ft.masks import budgets
-from sparse_ft.ops.compact import largest_mask
+from sparse_ft.ops.compact import largest_mask, nth_magnitude
 
 _MOST = 0.99  # of a layer's weights under a budget by momentum
 
@@ -76,14 +77,25 @@ def active_mask(weight: Tensor, keep: int, structure: str) -> Tensor:
     return _of_weights(largest_mask(found, groups), weight)
 
 
-def smallest(weight: Tensor, mask: Tensor, structure: str) -> float:
-    """The threshold under which those of `mask` are in use: their smallest magnitude; infinite if there are none."""
-    return float(magnitudes(weight, structure).expand_as(weight).masked_fill(~mask, torch.inf).min())
+def smallest_kept(weight: Tensor, keep: int, structure: str) -> float:
+    """The magnitude that the `keep` largest have at least, those that are zero apart; infinite if all are.
+
+    Where fewer than `keep` weights are not zero, a threshold of zero would let in all that become so.
+    """
+    found = magnitudes(weight, structure)
+    groups = -(-keep // (weight.numel() // found.numel()))
+    smallest = nth_magnitude(found, groups - 1) if groups else math.inf
+    if smallest > 0.0:
+        return smallest
+    found = found[found > 0]
+    return float(found.min()) if found.numel() else math.inf
 
 
 def at_least(weight: Tensor, threshold: float, structure: str) -> Tensor:
-    """bool, True for the weights, or for those of the kernels or filters, whose magnitude reaches a threshold."""
-    return _of_weights(magnitudes(weight, structure) >= threshold, weight)
+    """bool, True for the weights, or for those of the kernels or filters, whose magnitude reaches a threshold and is
+    not zero."""
+    found = magnitudes(weight, structure)
+    return _of_weights((found >= threshold) & (found > 0), weight)
 
 
 def _of_weights(mask: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ A layer is adapted in place, by its class: it keeps its parameters, hooks and st
 trains as ever; forward and input gradient use the active weights alone, the weight gradient what is kept of the input.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 from sparse_ft.nn import stock_type
 from sparse_ft.ops import BATCH_LAST, CONTIGUOUS, is_batch_last, native_reason
 from sparse_ft.ops.compact import Compact, nth_magnitude
+from sparse_ft.ops.gradients import to_layout
 from sparse_ft.tables import format_table
 from sparse_ft.when_imported import when_imported
 
-from .products import Active, Products
+from .active import Active, Operands
+from .products import Products
 
 
 @dataclass
@@ -27,7 +28,6 @@ class State:
     Attributes:
         active: the weights in use.
         keep: fraction of the input that is kept.
-        weight_threshold: smallest magnitude among the weights as they were chosen last.
         threshold: magnitude above which values of the input are kept; None for one that the next forward pass of the
             training finds.
         kept, seen: values that were kept and all that were seen, since they were set to 0.
@@ -36,7 +36,6 @@ class State:
     products: Products
     active: Active
     keep: float
-    weight_threshold: float = math.inf
     threshold: float | None = None
     kept: int = field(default=0)
     seen: int = field(default=0)
@@ -59,40 +58,39 @@ class State:
         """The output of the layer, with its gradients if they are wanted."""
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             return _Product.apply(x, weight, bias, self, training)
-        return self.products.forward(x, self.active, self.active.values(weight), bias, training=False)
+        return self.products.forward(x, self.active.operands(weight, *x.shape[2:]), bias, training=False)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: State, training: bool) -> Tensor:
-        active = state.active
-        values = active.values(weight)
-        ctx.products, ctx.active, ctx.shape, ctx.dtype = state.products, active, x.shape, weight.dtype
+        weights = state.active.operands(weight, *x.shape[2:])
+        ctx.products, ctx.pattern, ctx.columns = state.products, weights.pattern, weights.columns
+        ctx.shape, ctx.dtype = x.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.compact = None
-        with torch._C._AutoDispatchBelowAutograd():
-            y = state.products.forward(x, active, values, bias, training)
-            kept: tuple[Tensor, ...] = ()
-            if ctx.needs_input_grad[1]:
-                compressed = state.compress(x.detach(), training)
-                if isinstance(compressed, Compact):
-                    kept = compressed.bits, compressed.start, compressed.values
-                    ctx.compact = compressed.shape, compressed.flat, compressed.column_step
-                else:
-                    kept = (compressed,)
-        ctx.save_for_backward(values, *kept)
+        y = state.products.forward(x, weights, bias, training)
+        kept: tuple[Tensor, ...] = ()
+        if ctx.needs_input_grad[1]:
+            compressed = state.compress(x.detach(), training)
+            if isinstance(compressed, Compact):
+                kept = compressed.bits, compressed.start, compressed.values
+                ctx.compact = compressed.shape, compressed.flat, compressed.column_step
+            else:
+                kept = (compressed,)
+        ctx.save_for_backward(weights.values, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, *kept = ctx.saved_tensors
-        grad = _in_layout(grad)
+        grad, weights = _in_layout(grad), Operands(ctx.pattern, values, ctx.columns)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.products.input_grad(grad, ctx.active, values, ctx.shape)
+            grad_x = ctx.products.input_grad(grad, weights, ctx.shape)
         if ctx.needs_input_grad[1]:
             whole = kept[0] if ctx.compact is None else Compact(*kept, *ctx.compact)
-            grad_weight = ctx.products.weight_grad(grad, whole, ctx.active, ctx.shape).to(ctx.dtype)
+            grad_weight = ctx.products.weight_grad(grad, whole, weights, ctx.shape).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
@@ -103,7 +101,7 @@ def _in_layout(x: Tensor) -> Tensor:
         x = x.view_as(x)  # a norm's deferred output has no memory yet
     if native_reason(x) is not None or is_batch_last(x):
         return x
-    return torch.ops.sparse_ft.to_layout(x, BATCH_LAST)
+    return to_layout(x, BATCH_LAST)
 
 
 class SWATLayer(nn.Module):
@@ -129,7 +127,7 @@ class SWATLinear(SWATLayer, nn.Linear):
         weight = self.weight.view(*self.weight.shape, 1, 1)
         y = self.swat.apply(_in_layout(tokens), weight, self.bias, self.training)
         if native_reason(y) is None:
-            y = torch.ops.sparse_ft.to_layout(y, CONTIGUOUS)
+            y = to_layout(y, CONTIGUOUS)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -182,8 +180,9 @@ def describe(model: nn.Module) -> str:
         state = layer.swat
         used = state.products.operations
         done = used.forward + used.input_grad + used.weight_grad
+        weight: Tensor = layer.get_parameter("weight")
         rows.append([
-            name, "x".join(map(str, state.active.mask.shape)), f"{1 - state.active.density:.1%}",
+            name, "x".join(map(str, weight.shape)), f"{1 - int(state.active.mask(weight).sum()) / weight.numel():.1%}",
             f"{1 - state.kept / state.seen:.1%}" if state.seen else "",
             *(state.products.forms.get(product, "") for product in ("forward", "input_grad", "weight_grad")),
             f"{done / used.dense:.1%}" if used.dense else "",

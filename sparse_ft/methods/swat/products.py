@@ -6,73 +6,22 @@ numbers, zeros in between. Which is faster depends on shapes and sparsities, and
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_ft.nn.conv import _padding_of
-from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, SparsePattern, is_batch_last, native_reason
+from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, is_batch_last, native_reason
 from sparse_ft.ops.compact import Compact, compact, weight_grad
+from sparse_ft.ops.gradients import conv2d, conv2d_input_grad, to_layout
 from sparse_ft.ops.native import compute_plainly
 from sparse_ft.tune import TimingCache, duel
+
+from .active import Geometry, Operands
 
 SPARSE, DENSE = "sparse", "dense"
 _BUDGET_S = 0.1  # for measuring one product
 _WORTH_GENERATING = 2000  # lanes x steps for which a pattern's generated code repays the time that making it takes
-
-
-class Geometry(NamedTuple):
-    """A convolution's numbers; a linear layer is a 1x1 convolution of one position."""
-
-    weight_shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]  # top, left, bottom, right
-    dilation: tuple[int, ...]
-    groups: int
-
-    @classmethod
-    def of(cls, module: nn.Conv2d | nn.Linear) -> "Geometry":
-        if isinstance(module, nn.Linear):
-            return cls((*module.weight.shape, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
-        shape = tuple(module.weight.shape)
-        return cls(shape, tuple(module.stride), _padding_of(module), tuple(module.dilation), module.groups)
-
-    @property
-    def flat(self) -> bool:
-        """Whether positions are alike."""
-        return self.weight_shape[2:] == self.stride == (1, 1) and not any(self.padding)
-
-    def of_input(self, shape: tuple[int, ...]) -> "Geometry":
-        """The same for an input of that shape: a kernel that covers all of it has one position and no taps."""
-        o, i, kh, kw = self.weight_shape
-        if shape[2:] != (kh, kw) or any(self.padding) or self.dilation != (1, 1) or self.groups != 1:
-            return self
-        return Geometry((o, i * kh * kw, 1, 1), (1, 1), self.padding, (1, 1), 1)
-
-
-class Active:
-    """The weights in use: `mask` of the dense weight, its pattern, and where they lie in the flat weight."""
-
-    def __init__(self, mask: Tensor, weight: Tensor, geometry: Geometry):
-        self.mask = mask
-        self.pattern, _ = SparsePattern.build(
-            weight.detach().reshape(geometry.weight_shape), mask.view(geometry.weight_shape), stride=geometry.stride,
-            padding=geometry.padding[:2], dilation=geometry.dilation, groups=geometry.groups,
-        )  # fmt: skip
-        self.index = self.pattern.flat_index()
-
-    @property
-    def density(self) -> float:
-        return self.index.numel() / self.mask.numel()
-
-    def values(self, weight: Tensor) -> Tensor:
-        return weight.detach().reshape(-1).index_select(0, self.index)
-
-    def to_dense(self, values: Tensor) -> Tensor:
-        dense = values.new_zeros(self.mask.numel())
-        return dense.index_copy_(0, self.index, values).view(self.pattern.weight_shape)
 
 
 @dataclass
@@ -102,42 +51,43 @@ class Products:
     forms: dict[str, str] = field(default_factory=dict)
     operations: Operations = field(default_factory=Operations)
 
-    def forward(self, x: Tensor, active: Active, values: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+    def forward(self, x: Tensor, weights: Operands, bias: Tensor | None, training: bool) -> Tensor:
         """The output; outside of training nothing is decided and nothing counted."""
         g = self.geometry
 
         def sparse() -> Tensor:
-            return torch.ops.sparse_ft.conv2d(x, values, bias, active.pattern.tensors, *g)
+            return conv2d(x, weights.values, bias, weights.pattern.tensors, *g)
 
         def dense() -> Tensor:
             top, left, bottom, right = g.padding
             source, padding = _for_torch(x), (top, left)
             if (top, left) != (bottom, right):
                 source, padding = F.pad(source, (left, right, top, bottom)), (0, 0)
-            weight, shift = active.to_dense(values).to(x.dtype), None if bias is None else bias.to(x.dtype)
+            weight = weights.pattern.to_dense(weights.values).to(x.dtype)
+            shift = None if bias is None else bias.to(x.dtype)
             return _from_torch(F.conv2d(source, weight, shift, g.stride, padding, g.dilation, g.groups))
 
-        form = self._form("forward", x, active, sparse, dense, decides=training)
+        form = self._form("forward", x, weights, sparse, dense, decides=training)
         if training and form == SPARSE and (x.shape[0] * x.shape[2] * x.shape[3]) * self.period < _WORTH_GENERATING:
-            compute_plainly(active.pattern.tensors)
+            compute_plainly(weights.pattern.tensors)
         y = sparse() if form == SPARSE else dense()
         if training:
-            self.operations.forward += self._count(y, active if form == SPARSE else None)
+            self.operations.forward += self._count(y, weights, form)
         return y
 
-    def input_grad(self, grad: Tensor, active: Active, values: Tensor, shape: torch.Size) -> Tensor:
+    def input_grad(self, grad: Tensor, weights: Operands, shape: torch.Size) -> Tensor:
         g = self.geometry
 
         def sparse() -> Tensor:
-            return torch.ops.sparse_ft.conv2d_input_grad(grad, values, active.pattern.tensors, *g, list(shape))
+            return conv2d_input_grad(grad, weights.values, weights.pattern.tensors, *g, list(shape))
 
         def dense() -> Tensor:
             x = grad.new_empty(1).expand(shape)  # its values are not looked at
-            return _dense_backward(g, grad, x, active.to_dense(values), 0)
+            return _dense_backward(g, grad, x, weights.pattern.to_dense(weights.values), 0)
 
-        form = self._form("input_grad", grad, active, sparse, dense)
+        form = self._form("input_grad", grad, weights, sparse, dense)
         grad_x = sparse() if form == SPARSE else dense()
-        self.operations.input_grad += self._count(grad, active if form == SPARSE else None)
+        self.operations.input_grad += self._count(grad, weights, form)
         return grad_x
 
     def keep(self, x: Tensor, threshold: float) -> "Compact | Tensor":
@@ -148,7 +98,7 @@ class Products:
             return compact(x, threshold, flat=g.flat, column_step=g.stride[1])
         return torch.where(x.abs() <= threshold, 0.0, x)
 
-    def weight_grad(self, grad: Tensor, kept: "Compact | Tensor", active: Active, shape: torch.Size) -> Tensor:
+    def weight_grad(self, grad: Tensor, kept: "Compact | Tensor", weights: Operands, shape: torch.Size) -> Tensor:
         """The dense weight's gradient from what was kept of an input of that shape."""
         g = self.geometry.of_input(shape)
         done = 0
@@ -163,14 +113,14 @@ class Products:
             x = kept if isinstance(kept, Tensor) else kept.to_dense()
             return _dense_backward(g, grad, x, grad.new_empty(1).expand(g.weight_shape), 1)
 
-        form = self._form("weight_grad", grad, active, sparse, dense)
+        form = self._form("weight_grad", grad, weights, sparse, dense)
         result = sparse() if form == SPARSE else dense()
-        every = self._count(grad, None)
+        every = self._count(grad, weights, DENSE)
         self.operations.weight_grad += done if form == SPARSE else every
         return result.view(self.geometry.weight_shape)
 
     def _form(
-        self, product: str, x: Tensor, active: Active, sparse: Callable, dense: Callable, decides: bool = True
+        self, product: str, x: Tensor, weights: Operands, sparse: Callable, dense: Callable, decides: bool = True
     ) -> str:
         if native_reason(x) is not None or self.policy == "none":
             return DENSE
@@ -178,19 +128,20 @@ class Products:
             if self.policy == "always" or not decides or x.numel() == 0:
                 return SPARSE
             assert self.cache is not None
-            numbers = *self.geometry, *x.shape, round(active.density, 2), torch.get_num_threads()
+            density = weights.pattern.nnz / max(1, self.geometry.weight_shape[0] * weights.columns)
+            numbers = *self.geometry, *x.shape, round(density, 2), torch.get_num_threads()
             key = f"swat {product} {numbers}"
             timing = self.cache.get(key, lambda: duel({DENSE: dense}, sparse, _BUDGET_S))
             self.cache.save()
             self.forms[product] = SPARSE if timing.sparse_ms < timing.dense_ms else DENSE
         return self.forms[product]
 
-    def _count(self, y: Tensor, active: Active | None) -> int:
-        """Multiply-adds of a product with the active or with all weights, at the positions of the output."""
-        positions, shape = y.numel() // max(1, y.shape[1]), self.geometry.weight_shape
-        every = positions * shape[0] * shape[1] * shape[2] * shape[3]
+    def _count(self, y: Tensor, weights: Operands, form: str) -> int:
+        """Multiply-adds at the positions of the output, of weights that meet an input."""
+        positions = y.numel() // max(1, y.shape[1])
+        every = positions * self.geometry.weight_shape[0] * weights.columns
         self.operations.dense += every
-        return every if active is None else positions * active.index.numel()
+        return every if form == DENSE else positions * weights.pattern.nnz
 
 
 def _dense_backward(g: Geometry, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
@@ -213,9 +164,9 @@ def _dense_backward(g: Geometry, grad: Tensor, x: Tensor, weight: Tensor, which:
 def _for_torch(x: Tensor) -> Tensor:
     """In a layout that torch's convolutions are fast in."""
     if native_reason(x) is None and is_batch_last(x) and not x.is_contiguous():
-        return torch.ops.sparse_ft.to_layout(x, CHANNELS_LAST)
+        return to_layout(x, CHANNELS_LAST)
     return x
 
 
 def _from_torch(y: Tensor) -> Tensor:
-    return y if native_reason(y) is not None or is_batch_last(y) else torch.ops.sparse_ft.to_layout(y, BATCH_LAST)
+    return y if native_reason(y) is not None or is_batch_last(y) else to_layout(y, BATCH_LAST)
