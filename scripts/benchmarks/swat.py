@@ -18,6 +18,7 @@ from sparse_ft.tune import interleaved_medians
 from .case import Case, Settings
 from .models import Workload
 
+LR = 0.05  # at a rate that trains, weights come into use and leave it at every step
 PERIOD = 10  # steps between two choices of weights and thresholds
 WORKLOADS = [Workload("resnet18", sparsity, 32, size) for size in (224, 32) for sparsity in (0.8, 0.9)]
 
@@ -68,6 +69,8 @@ def swat_step(
 ) -> tuple[Callable[[], None], dict[str, list[float]]]:
     """A training step, and lists to which it adds seconds: of steps, and of choosing weights anew."""
     optimizer = make_optimizer(model, workload.optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = LR
     recipe = (
         "modifiers:\n  - !SWATModifier {params: __ALL_PRUNABLE__, start_epoch: 0, end_epoch: 1,"
         f" sparsity: {workload.sparsity}, update_period: {PERIOD}}}"
@@ -124,9 +127,9 @@ def kept_for_backward(forward: Callable[[], object], model: nn.Module) -> float:
 def weights(layers: dict[str, SWATLayer]) -> dict[str, float]:
     """MiB that the backward pass reads of weights: dense ones, or the values in use and their positions."""
     dense = sum(layer.weight.numel() for layer in layers.values())
-    active = [layer.swat.active for layer in layers.values()]
-    values = sum(each.index.numel() for each in active)
+    used = [layer.swat.active.used for layer in layers.values()]
+    values = sum(each.pattern.nnz for each in used)
     positions = sum(
-        t.numel() for each in active for t in (each.pattern.t_row_ptr, each.pattern.t_col, each.pattern.perm)
+        t.numel() for each in used for t in (each.pattern.t_row_ptr, each.pattern.t_col, each.pattern.perm)
     )
     return {"dense": dense / 2**18, "values": values / 2**18, "positions": positions / 2**18}
