@@ -7,6 +7,7 @@
 
 #include "bypass.h"
 #include "panel.h"
+#include "window.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -48,15 +49,23 @@ class Depthwise {
   private:
     static constexpr int kMaxTogether = 12;  // taps whose sums stay in registers
 
-    struct Entry {                         // a nonzero of the channel
-        int64_t source_y, column, offset;  // source row at position 0; kernel column; floats from position 0
+    struct Entry {                   // a nonzero of the channel
+        int64_t source_y, source_x;  // at position 0
+        int64_t column;              // of the kernel
         float weight;
         int32_t index;
     };
-    struct Tap {            // an entry at a stretch
-        const float* from;  // of the stretch's first position
+    struct Tap {         // an entry at the positions that it reaches
+        int64_t offset;  // floats from the position's own place in the source
         float weight;
         int32_t index;
+    };
+    struct Taps {                    // of a stretch
+        std::vector<Entry> entries;  // that reach it
+        size_t first, end;           // those of them within the source at a row, which are
+        std::vector<Tap> list;
+        const WindowKernels* window = nullptr;  // if they are a rectangle without a gap
+        float weights[kWindowTaps];             // of a window
     };
     struct Stretch {  // positions of a row that the same taps reach
         int64_t first, end;
@@ -96,7 +105,6 @@ class Depthwise {
         std::sort(cuts.begin(), cuts.end());
         std::vector<Stretch> found;
         for (size_t i = 1; i < cuts.size(); ++i) {
-            if (cuts[i - 1] == cuts[i]) continue;
             found.push_back({cuts[i - 1], cuts[i], {}});
             for (int64_t k = 0; k < g.taps_w; ++k)
                 found.back().reached.push_back(first[k] <= cuts[i - 1] && cuts[i] <= end[k]);
@@ -108,17 +116,28 @@ class Depthwise {
         const Plane& p = q.planes[plane];
         const int32_t begin = p.row_ptr[channel], end = p.row_ptr[channel + 1];
         thread_local std::vector<Entry> entries;
-        thread_local std::vector<Tap> taps;
+        thread_local std::vector<Taps> taps;
         thread_local std::vector<float> sums;
         find_entries(p, begin, end, &entries);
         sums.assign(q.value_grad ? size_t(end - begin) * kLanes : 0, 0.0f);
+        const std::vector<Stretch>& all = stretches[size_t(plane)];
+        if (taps.size() < all.size()) taps.resize(all.size());
+        for (size_t i = 0; i < all.size(); ++i) {
+            taps[i].entries.clear();
+            for (const Entry& entry : entries)
+                if (all[i].reached[size_t(entry.column)]) taps[i].entries.push_back(entry);
+            taps[i].end = entries.size() + 1;  // no row's yet
+        }
         for (int64_t y = 0; y < p.height; ++y)
-            for (const Stretch& stretch : stretches[size_t(plane)]) {
-                find_taps(entries, channel, y, stretch, &taps);
+            for (size_t i = 0; i < all.size(); ++i) {
+                const int64_t row = y * g.step_y;
+                clip(row, &taps[i]);
+                const float* from =
+                    q.source.data + channel * q.source.c + row * q.source.y + all[i].first * g.step_x * q.source.x;
                 if (q.value_grad)
-                    add_products(channel, y, stretch, taps, sums.data());
+                    add_products(channel, y, all[i], taps[i], from, sums.data());
                 else
-                    write_sums(p, channel, y, stretch, taps);
+                    write_sums(p, channel, y, all[i], taps[i], from);
             }
         if (q.value_grad)
             for (int32_t j = begin; j < end; ++j) q.value_grad[j] = sum(load(sums.data() + (j - begin) * kLanes));
@@ -128,20 +147,45 @@ class Depthwise {
         entries->clear();
         for (int32_t j = begin; j < end; ++j) {
             const int64_t row = q.col[j] / g.taps_w, column = q.col[j] % g.taps_w;
-            entries->push_back({p.tap_y[row], column, p.tap_y[row] * q.source.y + p.tap_x[column] * q.source.x,
+            entries->push_back({p.tap_y[row], p.tap_x[column], column,
                                 q.values ? q.values[q.perm ? q.perm[j] : j] : 0.0f, j - begin});
+        }
+        // In the order of the source, which is that of a window's taps; an input gradient's entries come backwards.
+        std::sort(entries->begin(), entries->end(), [](const Entry& a, const Entry& b) {
+            return a.source_y != b.source_y ? a.source_y < b.source_y : a.source_x < b.source_x;
+        });
+    }
+
+    // The taps of a row of positions; most rows have those of the row before.
+    void clip(int64_t row, Taps* taps) const {
+        const std::vector<Entry>& entries = taps->entries;
+        size_t first = 0, end = entries.size();
+        while (first < end && row + entries[first].source_y < 0) ++first;
+        while (first < end && row + entries[end - 1].source_y >= g.source_h) --end;
+        if (first == taps->first && end == taps->end) return;
+        taps->first = first;
+        taps->end = end;
+        taps->window = g.batch % kLanes == 0 ? window_of(entries, first, end) : nullptr;
+        taps->list.resize(end - first);
+        for (size_t i = 0; i < end - first; ++i) {
+            const Entry& entry = entries[first + i];
+            taps->list[i] = {entry.source_y * q.source.y + entry.source_x * q.source.x, entry.weight, entry.index};
+            if (taps->window) taps->weights[i] = entry.weight;
         }
     }
 
-    void find_taps(const std::vector<Entry>& entries, int64_t channel, int64_t y, const Stretch& stretch,
-                   std::vector<Tap>* taps) const {
-        const int64_t row = y * g.step_y;
-        const int64_t at = channel * q.source.c + row * q.source.y + stretch.first * g.step_x * q.source.x;
-        taps->clear();
-        for (const Entry& entry : entries)
-            if (row + entry.source_y >= 0 && row + entry.source_y < g.source_h &&
-                stretch.reached[size_t(entry.column)])
-                taps->push_back({q.source.data + at + entry.offset, entry.weight, entry.index});
+    const WindowKernels* window_of(const std::vector<Entry>& entries, size_t first, size_t end) const {
+        if (first == end) return nullptr;
+        const int64_t y = entries[first].source_y, x = entries[first].source_x;
+        int64_t height = 0, width = 0;
+        while (first + size_t(width) < end && entries[first + size_t(width)].source_y == y) ++width;
+        for (size_t i = first; i < end; ++height)
+            for (int64_t column = 0; column < width; ++column, ++i)
+                if (i == end || entries[i].source_y != y + height || entries[i].source_x != x + column) return nullptr;
+        return find_window(height, width, g.step_x);
+    }
+    WindowRow window_row(const Stretch& stretch, const float* from, float* to, const float* grad, int64_t step) const {
+        return {from, q.source.y, q.source.x, to, grad, step, stretch.end - stretch.first, g.batch};
     }
 
     // Positions that follow one another without a gap on both sides are one run of lanes.
@@ -154,12 +198,19 @@ class Depthwise {
         return {positions, g.batch, from, step};
     }
 
-    void write_sums(const Plane& p, int64_t channel, int64_t y, const Stretch& stretch, const std::vector<Tap>& taps) {
+    void write_sums(const Plane& p, int64_t channel, int64_t y, const Stretch& stretch, const Taps& taps,
+                    const float* from) {
         const View& d = q.dest;
         const Runs r = runs(stretch, d, g.dest_step_x);
         float* to = d.data + channel * d.c + (p.dest_y + y * g.dest_step_y) * d.y +
                     (p.dest_x + stretch.first * g.dest_step_x) * d.x;
         const float bias = q.bias ? q.bias[channel] : 0.0f;
+        if (taps.window) {
+            const int64_t step = g.dest_step_x * d.x;
+            const bool around = bypass && (reinterpret_cast<uintptr_t>(to) | uintptr_t(step * 4)) % sizeof(vec) == 0;
+            return taps.window->sums(window_row(stretch, from + taps.list[0].offset, to, nullptr, step), taps.weights,
+                                     bias, around);
+        }
         static constexpr decltype(&write_vectors<1>) write[] = {nullptr,          write_vectors<1>, write_vectors<2>,
                                                                 write_vectors<3>, write_vectors<4>, write_vectors<5>,
                                                                 write_vectors<6>, write_vectors<7>, write_vectors<8>};
@@ -168,24 +219,24 @@ class Depthwise {
             int64_t lane = 0;
             while (lane + kLanes <= r.length) {  // several vectors at a time, whose sums do not wait for each other
                 const int64_t vectors = std::min<int64_t>((r.length - lane) / kLanes, 8);
-                write[vectors](taps, i * r.from_step + lane, bias, to + lane, around);
+                write[vectors](taps.list, from + i * r.from_step + lane, bias, to + lane, around);
                 lane += vectors * kLanes;
             }
             for (; lane < r.length; ++lane) {
                 float total = bias;
-                for (const Tap& tap : taps) total += tap.weight * tap.from[i * r.from_step + lane];
+                for (const Tap& tap : taps.list) total += tap.weight * from[tap.offset + i * r.from_step + lane];
                 to[lane] = total;
             }
         }
     }
 
     template <int V>
-    static void write_vectors(const std::vector<Tap>& taps, int64_t at, float bias, float* to, bool around) {
+    static void write_vectors(const std::vector<Tap>& taps, const float* from, float bias, float* to, bool around) {
         vec total[V];
         for (int v = 0; v < V; ++v) total[v] = splat(bias);
         for (const Tap& tap : taps) {
             const vec weight = splat(tap.weight);
-            for (int v = 0; v < V; ++v) total[v] += weight * load(tap.from + at + v * kLanes);
+            for (int v = 0; v < V; ++v) total[v] += weight * load(from + tap.offset + v * kLanes);
         }
         for (int v = 0; v < V; ++v)
             if (around)
@@ -194,32 +245,42 @@ class Depthwise {
                 store(to + v * kLanes, total[v]);
     }
 
-    void add_products(int64_t channel, int64_t y, const Stretch& stretch, const std::vector<Tap>& taps,
+    void add_products(int64_t channel, int64_t y, const Stretch& stretch, const Taps& taps, const float* from,
                       float* sums) const {
         const View& d = q.grad;
         const Runs r = runs(stretch, d, 1);
         const float* grad = d.data + channel * d.c + y * d.y + stretch.first * d.x;
-        for (size_t first = 0; first < taps.size(); first += kMaxTogether) {
-            const int count = int(std::min<size_t>(kMaxTogether, taps.size() - first));
-            add_some(taps.data() + first, count, grad, r, sums, std::make_integer_sequence<int, kMaxTogether>());
+        if (taps.window) {
+            float products[kWindowTaps * kLanes];
+            taps.window->products(window_row(stretch, from + taps.list[0].offset, nullptr, grad, d.x), products);
+            for (size_t i = 0; i < taps.list.size(); ++i) {
+                float* to = sums + taps.list[i].index * kLanes;
+                store(to, load(to) + load(products + i * kLanes));
+            }
+            return;
+        }
+        for (size_t first = 0; first < taps.list.size(); first += kMaxTogether) {
+            const int count = int(std::min<size_t>(kMaxTogether, taps.list.size() - first));
+            add_some(taps.list.data() + first, count, from, grad, r, sums,
+                     std::make_integer_sequence<int, kMaxTogether>());
         }
     }
 
     template <int... I>
-    static void add_some(const Tap* taps, int count, const float* grad, const Runs& r, float* sums,
-                         std::integer_sequence<int, I...>) {
-        using Kernel = void (*)(const Tap*, const float*, const Runs&, float*);
+    static void add_some(const Tap* taps, int count, const float* source, const float* grad, const Runs& r,
+                         float* sums, std::integer_sequence<int, I...>) {
+        using Kernel = void (*)(const Tap*, const float*, const float*, const Runs&, float*);
         static constexpr Kernel kernels[] = {add_taps<I + 1>...};
-        kernels[count - 1](taps, grad, r, sums);
+        kernels[count - 1](taps, source, grad, r, sums);
     }
 
     template <int T>
-    static void add_taps(const Tap* taps, const float* grad, const Runs& r, float* sums) {
+    static void add_taps(const Tap* taps, const float* source, const float* grad, const Runs& r, float* sums) {
         vec total[T];
         const float* from[T];
         for (int t = 0; t < T; ++t) {
             total[t] = load(sums + taps[t].index * kLanes);
-            from[t] = taps[t].from;
+            from[t] = source + taps[t].offset;
         }
         for (int64_t i = 0; i < r.count; ++i) {
             const float* line = grad + i * r.to_step;

@@ -56,6 +56,16 @@ inline void finish_stores_around() {
 #endif
 }
 
+// `v` as a register holds it: the compiler may not read it from memory again for every use.
+inline vec in_register(vec v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__SSE2__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
 inline vec splat(float x) { return x - vec{}; }
 
 // The first `count` lanes of v; the others become +0 (also when they hold NaN).

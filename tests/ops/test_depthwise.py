@@ -21,6 +21,11 @@ from sparse_ft.ops import native
         (16, 4, (2, 2), (5, 5), (1, 1), (2, 2), (1, 1), 1.0),  # a kernel larger than the image
         (16, 4, (3, 4), (3, 3), (1, 1), (4, 4), (1, 1), 1.0),  # positions that see padding only
         (64, 40, (24, 24), (3, 3), (1, 1), (1, 1), (1, 1), 1.0),  # results that bypass the caches
+        (48, 3, (7, 17), (3, 3), (1, 1), (1, 1), (1, 1), 1.0),  # windows with every number of positions left over
+        (32, 3, (13, 15), (5, 5), (1, 1), (2, 2), (1, 1), 1.0),
+        (16, 3, (13, 14), (5, 5), (2, 2), (2, 2), (1, 1), 1.0),
+        (64, 3, (9, 10), (2, 3), (2, 2), (0, 1), (1, 1), 1.0),
+        (32, 3, (9, 16), (3, 3), (1, 1), (1, 1), (1, 1), 0.8),  # some channels are windows, others are not
     ],
 )
 def test_against_float64(isa, batch, channels, size, kernel, stride, padding, dilation, density, threads):
