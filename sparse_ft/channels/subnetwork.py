@@ -36,14 +36,15 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, columns)
-        ctx.shape = tensor.shape
+        ctx.shape, ctx.strides = tensor.shape, tensor.stride()
         return take(tensor, rows, columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows, columns = ctx.saved_tensors
-        whole = grad.new_zeros(ctx.shape)
+        # Strides of another layout would have the gradient copied as it accumulates and again by the optimizer.
+        whole = torch.empty_strided(ctx.shape, ctx.strides, dtype=grad.dtype, device=grad.device).zero_()
         whole[_index(rows, columns)] = grad
         return whole, None, None
 

@@ -1,7 +1,7 @@
 """Probabilities of keeping a channel or a weight: what is learned in place of a mask."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ _EXACT = 1e-12
 
 
 def project(values: Tensor, budget: float, sizes: Tensor | None = None, low: float = 0.0) -> Tensor:
-    """The point nearest to `values` with low <= s <= 1 and sum(sizes * s) <= budget.
-
-    It is clip(values - v, low, 1) for the smallest v >= 0 that meets the budget. The sum is piecewise linear in v and
-    falls, so that Newton's steps, held inside a bracket, find v exactly after a few passes over the values.
+    """The point nearest to `values` with low <= s <= 1 and sum(sizes * s) <= budget: clip(values - v, low, 1) for the
+    smallest v >= 0 that meets the budget.
 
     Args:
         values: one-dimensional.
@@ -24,26 +22,91 @@ def project(values: Tensor, budget: float, sizes: Tensor | None = None, low: flo
     Raises:
         ValueError: even with all values at `low` the budget is exceeded.
     """
-    z = values.double()
-    weights = torch.ones_like(z) if sizes is None else sizes.double()
-    clipped = z.clamp(low, 1.0)
-    total = float(weights @ clipped)
+    projected = values.clone()
+    _move(_pieces([projected], sizes), budget, low)
+    return projected
+
+
+# Values, and how often they count. Few enough to stay in cache, in double precision, between two operations.
+_Piece = tuple[Tensor, Tensor | None]
+_PIECE = 1 << 15
+_SAMPLE = 1 << 14  # values enough to guess the shift of many more
+
+
+def _pieces(tensors: Sequence[Tensor], sizes: Tensor | None = None) -> list[_Piece]:
+    """Views of the tensors, one after the other; `sizes` is of the first one."""
+    pieces: list[_Piece] = []
+    for tensor in tensors:
+        flat = tensor.as_strided((tensor.numel(),), (1,))  # as it lies in memory: channels_last, for one
+        for start in range(0, len(flat), _PIECE):
+            counts = None if sizes is None else sizes[start : start + _PIECE].double()
+            pieces.append((flat[start : start + _PIECE], counts))
+    return pieces
+
+
+def _move(pieces: list[_Piece], budget: float, low: float) -> None:
+    """Projects in place."""
+    shift = _shift(pieces, budget, low)
+    for values, _ in pieces:
+        values.copy_((values.double() - shift).clamp_(low, 1.0))
+
+
+def _shift(pieces: list[_Piece], budget: float, low: float) -> float:
+    """The v that the projection subtracts, exactly.
+
+    The sum that is left is piecewise linear in v and falls, so that Newton's steps, held inside a bracket, find v. Each
+    is a pass over the values; from a v that is right for a sample of many values a few are left.
+    """
+    count = sum(len(values) for values, _ in pieces)
+    total, slope = _sum(pieces, 0.0, low)
     if total <= budget:
-        return clipped.to(values.dtype)
-    if low * float(weights.sum()) > budget:
-        raise ValueError(f"values of at least {low:g} sum to {low * float(weights.sum()):g}, above {budget:g}")
-    v, least, most = 0.0, 0.0, float(z.max()) - low
+        return 0.0
+    least_sum = low * sum(len(values) if sizes is None else float(sizes.sum()) for values, sizes in pieces)
+    if least_sum > budget:
+        raise ValueError(f"values of at least {low:g} sum to {least_sum:g}, above {budget:g}")
+    least, most = 0.0, max(float(values.max()) for values, _ in pieces) - low
+    every = count // _SAMPLE
+    if every > 1 and all(sizes is None for _, sizes in pieces):
+        sample = torch.cat([values[::every] for values, _ in pieces])
+        following = _shift([(sample, None)], budget * len(sample) / count, low)
+    else:
+        following = (total - budget) / slope if slope else least
+    v = 0.0
     while abs(total - budget) > _EXACT * max(1.0, budget) and most - least > _EXACT:
-        slope = float(weights @ ((clipped > low) & (clipped < 1)).double())
-        following = v + (total - budget) / slope if slope else least
         v = following if least < following < most else (least + most) / 2
-        clipped = (z - v).clamp(low, 1.0)
-        total = float(weights @ clipped)
+        total, slope = _sum(pieces, v, low)
         if total > budget:
             least = v
         else:
             most = v
-    return clipped.to(values.dtype)
+        following = v + (total - budget) / slope if slope else least
+    return v
+
+
+def _sum(pieces: list[_Piece], shift: float, low: float) -> tuple[float, float]:
+    """Of clip(values - shift, low, 1), each as often as it counts, and how fast it falls with the shift."""
+    total = slope = 0.0
+    for values, sizes in pieces:
+        shifted = values.double() - shift
+        clipped = shifted.clamp(low, 1.0)
+        inside = (shifted > low) & (shifted < 1.0)
+        if sizes is None:
+            total += float(clipped.sum())
+            slope += int(inside.count_nonzero())
+        else:
+            total += float(sizes @ clipped)
+            slope += float(sizes @ inside.double())
+    return total, slope
+
+
+def kept_share(progress: float, sparsity: float, begin: float, end: float) -> float:
+    """The part of everything that the budget is: all until `begin`, then down a cubic curve to 1 - sparsity at `end`.
+
+    Args:
+        progress, begin, end: of the time of the search, in [0, 1].
+    """
+    x = 1.0 if progress >= end else max(progress - begin, 0.0) / (end - begin)
+    return 1 - sparsity * (1 - (1 - x) ** 3)
 
 
 def generator(seed: int, step: int, draw: int) -> torch.Generator:
@@ -79,10 +142,7 @@ class Learned:
     @torch.no_grad()
     def project(self, budget: float, sizes: Tensor | None = None, low: float = 0.0) -> None:
         """Brings the values, all together, back to their bounds and budget."""
-        flat = project(torch.cat([value.flatten() for value in self.values.values()]), budget, sizes, low)
-        parts = flat.split([value.numel() for value in self.values.values()])
-        for value, part in zip(self.values.values(), parts, strict=True):
-            value.copy_(part.view_as(value))
+        _move(_pieces(list(self.values.values()), sizes), budget, low)
 
     def state_dict(self) -> dict[str, object]:
         return {"values": self.values, "first": self._first, "second": self._second, "steps": self._steps}

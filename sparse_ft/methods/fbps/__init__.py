@@ -10,7 +10,7 @@ from ..base import Bounded, Forward
 from ..channelwise import ChannelWise
 from ..clock import Clock
 from ..fields import EPOCH, NEVER, NOTHING, choice, either, field, integer, number
-from ..probabilities import Learned, clip, cosine, generator
+from ..probabilities import Learned, clip, cosine, generator, kept_share
 from ..pruning import SPARSITY
 from ..registry import register
 from ..targets import TARGETS, Target, find_targets, named_targets
@@ -45,6 +45,11 @@ class FBPS(ChannelWise, Bounded):
     final_sparsity: float = field(SPARSITY, unit="fraction of channels", doc="Channels that are left out.")
     start_epoch: float = field(EPOCH, NEVER, unit="epochs", doc="When it begins; -1 for at once.")
     end_epoch: float = field(EPOCH, unit="epochs", doc="When the mask is fixed.")
+    prune_from: float = field(number(0, 1), 0.0, unit="of its time", doc="When the budget begins to fall from all.")
+    prune_until: float = field(
+        number(0, 1), 0.0, unit="of its time",
+        doc="When the budget is that of the end; 0 for all the time, as published. For trained models, later.",
+    )  # fmt: skip
     learning_rate: float = field(
         number(0, above=True), 12e-3, doc="Of the probabilities (Adam); falls to 0 on a cosine."
     )
@@ -80,6 +85,8 @@ class FBPS(ChannelWise, Bounded):
         super().check()
         if self.params == []:
             raise self.wrong("params", "must name at least one weight")
+        if self.prune_from > self.prune_until or self.prune_from == self.prune_until != 0:
+            raise self.wrong("prune_until", f"must be after prune_from ({self.prune_from:g}), or both 0")
         if self.min_probability > 1 - self.final_sparsity:
             raise self.wrong(
                 "min_probability", f"must be at most the share of channels that stays ({1 - self.final_sparsity:g})"
@@ -108,17 +115,16 @@ class FBPS(ChannelWise, Bounded):
         self._drawn = self._sizes > 0
         if not bool(self._drawn.any()):
             raise self.wrong("params", "none of these weights has output channels that the model can run without")
-        self._budget = round((1 - self.final_sparsity) * int(self._sizes.sum()))
         if self._learned is None:
             self._learned = Learned({_ONE: self._initial(training)})
-            self._project()
+            self._project(training)
         elif len(self._probabilities) != int(self._drawn.sum()):
             theirs, ours = len(self._probabilities), int(self._drawn.sum())
             raise ValueError(f"the state has probabilities of {theirs} units, the model has {ours}")
 
     def _initial(self, training: Training) -> Tensor:
         assert self.channels is not None
-        share = 1 - self.final_sparsity
+        share = self._kept_share(training.clock, training.step)
         if self.init == "constant":
             return torch.full((int(self._drawn.sum()),), share)
         size, rows = torch.zeros(2, self.channels.count)
@@ -135,9 +141,16 @@ class FBPS(ChannelWise, Bounded):
         assert self._learned is not None
         return self._learned.values[_ONE]
 
-    def _project(self) -> None:
+    def _kept_share(self, clock: Clock, step: int) -> float:
+        return kept_share(clock.progress(self.timing, step), self.final_sparsity, self.prune_from, self.prune_until)
+
+    def budget(self, training: Training) -> int:
+        """How many channels are kept now."""
+        return round(self._kept_share(training.clock, training.step) * int(self._sizes.sum()))
+
+    def _project(self, training: Training) -> None:
         assert self._learned is not None
-        self._learned.project(self._budget, self._sizes[self._drawn], self.min_probability)
+        self._learned.project(self.budget(training), self._sizes[self._drawn], self.min_probability)
 
     def probabilities(self) -> Tensor:
         """By unit; 1 for units that are not drawn."""
@@ -160,7 +173,7 @@ class FBPS(ChannelWise, Bounded):
         everything[self._drawn] = values
         return everything
 
-    def _within_budget(self, mask: Tensor) -> Tensor:
+    def _within_budget(self, training: Training, mask: Tensor) -> Tensor:
         """The units of a mask, cut or filled up to the budget: first those that every layer keeps, then those of the
         mask, by their probabilities; equal ones in random order."""
         assert self.channels is not None
@@ -170,11 +183,11 @@ class FBPS(ChannelWise, Bounded):
         order = torch.randperm(len(mask), generator=generator(self.seed, 0, 0))
         order = order[rank[order].argsort(descending=True, stable=True)]
         chosen = torch.zeros_like(mask)
-        chosen[order] = self._sizes[self._drawn][order].cumsum(0) <= self._budget
+        chosen[order] = self._sizes[self._drawn][order].cumsum(0) <= self.budget(training)
         return floor | self._everywhere(chosen, True)
 
-    def _likeliest(self) -> Tensor:
-        return self._within_budget(torch.zeros_like(self._probabilities, dtype=torch.bool))
+    def _likeliest(self, training: Training) -> Tensor:
+        return self._within_budget(training, torch.zeros_like(self._probabilities, dtype=torch.bool))
 
     def kept_units(self, training: Training) -> Tensor | None:
         if self._candidate is not None:
@@ -182,7 +195,7 @@ class FBPS(ChannelWise, Bounded):
         if self._final is not None:
             return self._final
         if not training.model.training:
-            return self._likeliest()
+            return self._likeliest(training)
         return self._units(self._mask(training, int(self._second)))
 
     def keeps_statistics(self) -> bool:
@@ -232,7 +245,7 @@ class FBPS(ChannelWise, Bounded):
         estimate = {_ONE: policy_gradient(difference, first, second, self._probabilities)}
         rate = cosine(self.learning_rate, training.clock.progress(self.timing, training.step))
         self._learned.step(clip(estimate, self.max_grad_norm), rate)
-        self._project()
+        self._project(training)
         training.share(self._probabilities)
 
     @torch.no_grad()
@@ -245,12 +258,12 @@ class FBPS(ChannelWise, Bounded):
 
     def _best(self, training: Training) -> Tensor:
         if not self.candidates:
-            return self._likeliest()
+            return self._likeliest(training)
         sampler = training.grad_sampler
         assert sampler is not None
-        found = [self._likeliest()]
+        found = [self._likeliest(training)]
         for draws in range(2, self.candidates + 1):
-            found.append(self._within_budget(self._mask(training, draws)))
+            found.append(self._within_budget(training, self._mask(training, draws)))
         losses = []
         for candidate in found:
             self._candidate = candidate
@@ -282,7 +295,7 @@ class FBPS(ChannelWise, Bounded):
         self._final = state["final"].bool() if "final" in state else None
 
     def preview(self, clock: Clock, step: int) -> dict[str, float]:
-        return {"sparsity": self.final_sparsity}
+        return {"sparsity": 1 - self._kept_share(clock, step)}
 
     def unfinished(self, training: Training) -> str:
         return f"the mask is due at epoch {self.end_epoch:g}, all channels are still there"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..base import Bounded, Forward
 from ..clock import Clock
 from ..fields import EPOCH, NEVER, field, integer, number
-from ..probabilities import Learned, clip, cosine, generator
+from ..probabilities import Learned, clip, cosine, generator, kept_share
 from ..pruning import SPARSITY, MaskedTargets
 from ..registry import register
 from ..targets import ALL_PRUNABLE, TARGETS
@@ -108,7 +108,7 @@ class ProbMask(MaskedTargets, Bounded):
         assert self._learned is not None
         s = self._learned.values[name].requires_grad_()
         s = s.clamp(_EDGE, 1 - _EDGE)
-        noise = torch.rand(s.shape, generator=random).clamp_(_EDGE, 1 - _EDGE).logit_()
+        noise = torch.empty_like(s).uniform_(_EDGE, 1 - _EDGE, generator=random).logit_()
         return torch.sigmoid((s.logit() + noise) / temperature)
 
     # Steps
@@ -120,8 +120,7 @@ class ProbMask(MaskedTargets, Bounded):
         return round(self._kept_share(training.clock, training.step) * count)
 
     def _kept_share(self, clock: Clock, step: int) -> float:
-        x = (clock.progress(self.timing, step) - self.prune_from) / (self.prune_until - self.prune_from)
-        return 1 - self.final_sparsity * (1 - (1 - min(max(x, 0.0), 1.0)) ** 3)
+        return kept_share(clock.progress(self.timing, step), self.final_sparsity, self.prune_from, self.prune_until)
 
     def loss(self, training: Training, loss: Tensor, forward: Forward) -> Tensor:
         if self.samples == 1:
