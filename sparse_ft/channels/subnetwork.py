@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparse_ft.masks.targets import unwrap
+from sparse_ft.nn import compute_narrowly
 
 from .units import Channels, slices_of
 
@@ -37,7 +38,8 @@ class _Take(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, columns)
         ctx.shape, ctx.strides = tensor.shape, tensor.stride()
-        return take(tensor, rows, columns)
+        taken = take(tensor, rows, columns)
+        return taken.contiguous(memory_format=torch.channels_last) if taken.dim() == 4 else taken
 
     @staticmethod
     @once_differentiable
@@ -79,10 +81,11 @@ class SubNetwork:
     Args:
         model: also inside DistributedDataParallel.
         channels: its units.
-        kept: bool by unit. Every layer has to keep a channel, see `Channels.floors`.
+        kept: bool by unit. Every layer has to keep a channel, see `Channels.with_floor`.
+        native: compute convolutions that have few channels, and what is between them, on the native kernels.
     """
 
-    def __init__(self, model: nn.Module, channels: Channels, kept: Tensor):
+    def __init__(self, model: nn.Module, channels: Channels, kept: Tensor, *, native: bool = False):
         modules = dict(unwrap(model).named_modules())
         self._modules = list(modules.values())
         self._taken: list[_Taken] = []
@@ -104,7 +107,9 @@ class SubNetwork:
             self._taken.append(_Taken(store, place.key, rows, columns, place.kind == "statistic"))
         self._groups = [(modules[name], int(slices_of(units, kept).sum())) for name, units in channels.groups.items()]
         self._aside: list[tuple[Any, str, Any]] = []
+        self._classes: list[tuple[nn.Module, type]] = []
         self._keep_statistics = True
+        self._native = native
         self._entered = False
 
     def enter(self, *, keep_statistics: bool = True) -> None:
@@ -125,8 +130,17 @@ class SubNetwork:
         for taken in self._taken:
             taken.put()
         for module, groups in self._groups:
-            self._aside.append((vars(module), "groups", module.groups))
-            module.groups = groups  # type: ignore[assignment]
+            self._set(module, "groups", groups)
+        if self._native:
+            for module in self._modules:
+                self._classes.append((module, type(module)))
+                compute_narrowly(module)
+                if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+                    self._set(module, "num_features", len(module.weight))  # which native norms go by
+
+    def _set(self, module: nn.Module, name: str, value: int) -> None:
+        self._aside.append((vars(module), name, getattr(module, name)))
+        setattr(module, name, value)
 
     def leave(self) -> None:
         """The model has all of its channels again."""
@@ -135,6 +149,9 @@ class SubNetwork:
         for store, key, value in reversed(self._aside):
             store[key] = value
         self._aside.clear()
+        for module, kind in self._classes:
+            module.__class__ = kind
+        self._classes.clear()
         self._entered = False
 
     @contextmanager

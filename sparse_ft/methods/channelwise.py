@@ -46,6 +46,10 @@ class ChannelWise(MaskedTargets):
         """Whether norms may learn from the coming forward pass."""
         return True
 
+    def runs_native(self, batch: Any) -> bool:
+        """Whether convolutions with few channels compute on the native kernels."""
+        return False
+
     def units_found(self, training: Training) -> None:
         """When the units are known, before the first forward pass without some of them."""
 
@@ -79,7 +83,7 @@ class ChannelWise(MaskedTargets):
             self._analyze(training, model, batch)
         kept = None if self.channels is None else self.kept_units(training)
         if kept is not None and self.channels is not None:
-            self._running = SubNetwork(model, self.channels, kept)
+            self._running = SubNetwork(model, self.channels, kept, native=self.runs_native(batch))
             self._running.enter(keep_statistics=model.training and self.keeps_statistics())
 
     def _leave(self) -> None:

@@ -54,8 +54,8 @@ def _move(pieces: list[_Piece], budget: float, low: float) -> None:
 def _shift(pieces: list[_Piece], budget: float, low: float) -> float:
     """The v that the projection subtracts, exactly.
 
-    The sum that is left is piecewise linear in v and falls, so that Newton's steps, held inside a bracket, find v. Each
-    is a pass over the values; from a v that is right for a sample of many values a few are left.
+    The sum that is left is piecewise linear in v and falls, so that Newton's steps, held inside a bracket, find v.
+    Each is a pass over the values; from a v that is right for a sample of many values a few are left.
     """
     count = sum(len(values) for values, _ in pieces)
     total, slope = _sum(pieces, 0.0, low)

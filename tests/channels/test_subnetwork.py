@@ -108,6 +108,38 @@ def test_layers_are_physically_small(name):
         assert weight[0] == int(place.made_by(kept).sum()) and weight[0] in output[1:]
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_native_kernels_give_the_same(name):
+    """Outputs, gradients and statistics, and the model is the stock one again."""
+    model, images = make(name)
+    model, images = model.float(), images.float().repeat(4, 1, 1, 1)
+    images += 0.1 * torch.randn_like(images)
+    labels = torch.randint(0, 5, (16,))
+    channels = analyze_channels(model, images)
+    kept = half(channels)
+    kinds = [type(module) for module in model.modules()]
+    widths = [module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    model.train()
+    statistics = {key: value.clone() for key, value in model.named_buffers()}
+    expected, theirs = train_once(model, images, labels, SubNetwork(model, channels, kept))
+    seen = {key: value.clone() for key, value in model.named_buffers()}
+    model.load_state_dict(statistics, strict=False)
+    layouts = []
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    hook = first.register_forward_hook(lambda module, args, output: layouts.append(output.stride(0)))
+    found, ours = train_once(model, images, labels, SubNetwork(model, channels, kept, native=True))
+    hook.remove()
+    assert layouts == [1], "samples lie beside each other: the native kernels were at work"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for key, gradient in ours.items():
+        scale = float(theirs[key].abs().max())
+        torch.testing.assert_close(gradient, theirs[key], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=key)
+    for key, value in model.named_buffers():
+        torch.testing.assert_close(value, seen[key], rtol=1e-4, atol=1e-5, msg=key)
+    assert [type(module) for module in model.modules()] == kinds
+    assert [module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)] == widths
+
+
 def test_gradients_of_what_is_left_out_are_zero():
     model, images = make("residual")
     channels = analyze_channels(model, images)

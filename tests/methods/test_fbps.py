@@ -214,6 +214,45 @@ def test_magnitudes_can_begin():
     assert probabilities[-24:][:6].min() > 2 * probabilities[-24:][6:].max()
 
 
+def test_the_budget_can_fall_from_everything():
+    """For a trained model, which half of its channels would not do."""
+    model, optimizer, session = make(recipe(prune_from=0.2, prune_until=0.6, end_epoch=3))
+    modifier, sums, shown = modifier_of(session), [], []
+
+    def look(step):
+        if session.training.step < 3 * STEPS:
+            model.eval()(batch(0)[0])
+            shown.append((int(kept_now(session).sum()) - 4, modifier.budget(session.training)))
+            model.train()
+        sums.append(float(modifier._probabilities.sum()))
+
+    train(model, optimizer, session, 4 * STEPS, each=look)
+    fifth, last = 3 * STEPS // 5, 3 * STEPS - 1
+    assert sums[: fifth - 1] == [32.0] * (fifth - 1), "everything: 8 and 24"
+    assert all(later < earlier + 1e-3 for earlier, later in zip(sums, sums[1:], strict=False))
+    assert sums[3 * STEPS * 2 // 5] < 32
+    assert sums[last] <= 16 + 1e-3
+    assert all(kept <= budget for kept, budget in shown)
+    assert session._modifiers[0].preview(session.training.clock, last)["sparsity"] == 0.5
+    left = sum(int(weight.flatten(1).any(1).sum()) for weight in (model.conv.weight, model.hidden.weight))
+    assert left == 16
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_narrow_convolutions_compute_natively_unless_told_otherwise(native):
+    model, _, session = make(recipe(native=str(native).lower()))
+    seen = []
+    model.conv.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
+    images, labels = batch(0)
+    several = images.repeat(16 // len(images) + 1, 1, 1, 1)
+    model(several)
+    model(images[:8])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(several)
+    assert seen[-3:] == ["NarrowConv2d" if native else "Conv2d", "Conv2d", "Conv2d"]
+    assert type(model.conv) is nn.Conv2d
+
+
 def test_all_convolutions_are_drawn_if_none_is_named():
     model, _, session = make("modifiers:\n  - !FBPSModifier {final_sparsity: 0.5, end_epoch: 2, candidates: 0}\n")
     assert list(modifier_of(session).find_targets(model)) == ["stem.weight", "conv.weight"]
@@ -228,6 +267,8 @@ def test_errors():
         make(recipe(final_sparsity=0.8, min_probability=0.3))
     with pytest.raises(RecipeError, match="end_epoch"):
         make(recipe(end_epoch=-1))
+    with pytest.raises(RecipeError, match="prune_until.*after prune_from"):
+        make(recipe(prune_from=0.5, prune_until=0.4))
     model, optimizer, session = make(recipe(params="[head.weight]"))
     with pytest.raises(FieldError, match="none of these weights has output channels"):
         model(batch(0)[0])

@@ -32,6 +32,21 @@ def test_projection_within_the_budget_only_clips():
     assert project(values, 2.0).tolist() == pytest.approx([0.0, 0.3, 1.0])
 
 
+def test_projection_of_many_values_in_several_tensors():
+    """More than fit a piece, found from a sample, also where tensors lie in channels_last order."""
+    generated = torch.Generator().manual_seed(0)
+    values = torch.randn(40, 50, 5, 5, generator=generated).mul_(0.5).contiguous(memory_format=torch.channels_last)
+    more = torch.rand(70_000, generator=generated)
+    together = torch.cat([values.flatten(), more])
+    learned = Learned({"a": values.clone(memory_format=torch.preserve_format), "b": more.clone()})
+    learned.project(30_000)
+    found = torch.cat([learned.values["a"].flatten(), learned.values["b"]])
+    assert float(found.double().sum()) == pytest.approx(30_000, abs=0.01)
+    shifts = (together - found)[(found > 0) & (found < 1)]
+    assert shifts.min() > 0 and shifts.max() - shifts.min() < 1e-6
+    torch.testing.assert_close(project(together, 30_000.0), found, rtol=0, atol=1e-7)
+
+
 def test_projection_of_equal_values():
     assert project(torch.full((10,), 0.9), 5.0).tolist() == pytest.approx([0.5] * 10)
 

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.channels.tracing import tensors_of
+from sparse_ft.nn import suits_native
+
 from ..base import Bounded, Forward
 from ..channelwise import ChannelWise
 from ..clock import Clock
-from ..fields import EPOCH, NEVER, NOTHING, choice, either, field, integer, number
+from ..fields import EPOCH, FLAG, NEVER, NOTHING, choice, either, field, integer, number
 from ..probabilities import Learned, clip, cosine, generator, kept_share
 from ..pruning import SPARSITY
 from ..registry import register
@@ -72,6 +75,10 @@ class FBPS(ChannelWise, Bounded):
         "the likeliest channels.",
     )  # fmt: skip
     candidate_batches: int = field(integer(1), 8, unit="batches", doc="For the loss of a candidate.")
+    native: bool = field(
+        FLAG, True,
+        doc="Compute convolutions with few channels on the native kernels: in float32, with 16 images or more.",
+    )  # fmt: skip
     seed: int = field(integer(0), 0, doc="Of the masks.")
 
     _learned: Learned | None = None
@@ -197,6 +204,9 @@ class FBPS(ChannelWise, Bounded):
         if not training.model.training:
             return self._likeliest(training)
         return self._units(self._mask(training, int(self._second)))
+
+    def runs_native(self, batch: Any) -> bool:
+        return self.native and any(map(suits_native, tensors_of(batch)))
 
     def keeps_statistics(self) -> bool:
         return not self._second and self._candidate is None
