@@ -12,7 +12,6 @@ operations of the network that is left) are written after every run.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from command_line import DATA, make_parser
 from measure_recipes import load_cifar
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,8 +37,6 @@ from train_bundled_resnet20 import (
 
 from sparse_ft import SparseSession, remove_channels
 from sparse_ft.atomic import replacing
-
-SHARED = Path(os.environ.get("SPARSE_FT_SHARED", "../shared"))
 
 # Layers whose outputs are added lose the same filters.
 STREAMS = [[f"re:layer{stage}\\.\\d\\.conv2", f"layer{stage}.0.downsample.0"] for stage in (1, 2, 3)]
@@ -107,7 +105,7 @@ def make(start: str) -> nn.Module:
     """The network that a run begins with."""
     if start == "random":
         return timm.create_model(ARCHITECTURE, num_classes=10, **MODEL_ARGS)
-    return load_cifar(SHARED / "data", 0)["model"]
+    return load_cifar(DATA, 0)["model"]
 
 
 def run(recipe: str, data: dict[str, Split], args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -171,8 +169,8 @@ def shown(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(SHARED / "data" / "cifar10"), help="folder with train and test.parquet")
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", default=str(DATA / "cifar10"), help="folder with train and test.parquet")
     parser.add_argument("--output", type=Path, required=True, help="results, as JSON")
     parser.add_argument("--methods", nargs="+", default=["dense", "fbps-one", "magnitude"],
                         choices=METHODS)  # fmt: skip

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn.conv import _padding_of
+from sparse_ft.nn.conv import padding_of
 from sparse_ft.nn.dense import LayoutConv
 from sparse_ft.nn.stock import follow_layout
 from sparse_ft.ops import BATCH_LAST, is_batch_last, native_reason
@@ -35,7 +35,7 @@ class NarrowConv(LayoutConv):
             return super().forward(x)
         if not is_batch_last(x):
             x = to_layout(x, BATCH_LAST)
-        padding = _padding_of(self)
+        padding = padding_of(self)
         shape, values = tuple(weight.shape), weight.reshape(-1, 1)
         pattern = _full(shape, self.stride, padding[:2], self.dilation, self.groups)
         return conv2d(x, values, self.bias, pattern, shape, self.stride, padding, self.dilation, self.groups)
