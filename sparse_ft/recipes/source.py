@@ -43,6 +43,8 @@ def read_source(source: str | Path) -> RecipeText:
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / RECIPE_FILE
+        if not path.is_file():
+            raise RecipeError(f"is a folder without {RECIPE_FILE}", recipe=name)
     if path.is_file():
         return _read_file(path, name=str(path))
     hub = _HUB_FILE.fullmatch(name) or (None if name.endswith(_SUFFIXES) else _HUB_ID.fullmatch(name))

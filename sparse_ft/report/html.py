@@ -16,7 +16,7 @@ from sparse_ft.bench import StepComparison
 from sparse_ft.conversion import ConversionReport
 from sparse_ft.masks import SparsityReport
 
-from .plots import MAX_BARS, layer_times, loss_curves, metric_curves, sparsity_bars
+from .plots import MAX_BARS, layer_times, learning_rate_curve, loss_curves, metric_curves, sparsity_bars
 
 # Metrics in [0, 1] that a run is judged by.
 HEADLINE = ("accuracy", "f1", "matthews correlation", "exact match")
@@ -85,6 +85,7 @@ def write_report(
             for name, plot in (
                 ("loss", loss_curves(history)),
                 ("metrics", metric_curves(history)),
+                ("learning_rate", learning_rate_curve(history)),
                 ("times", layer_times(conversion.layers) if conversion else None),
                 ("sparsity", sparsity_bars(sparsity.layers)),
             )

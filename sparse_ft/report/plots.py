@@ -41,6 +41,12 @@ def metric_curves(history: Sequence[Mapping[str, Any]]) -> str | None:
     return _curves({name: curve for name, curve in curves.items() if curve}, history, None)
 
 
+def learning_rate_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Learning rate of a Trainer's log, or None."""
+    curve = _series(history, "learning_rate")
+    return _curves({"learning rate": curve}, history, None) if curve else None
+
+
 def layer_times(layers: Sequence[LayerConversion]) -> str | None:
     """Measured time of each layer, dense against sparse; the `MAX_BARS` slowest ones, or None without times."""
     timed = [

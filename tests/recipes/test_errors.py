@@ -134,3 +134,8 @@ def test_parts_of_an_error():
     error = caught.value
     assert (error.recipe, error.line, error.modifier) == ("recipe text", 6, "GMPruningModifier")
     assert (error.field, error.value) == ("final_sparsity", 1.5)
+
+
+def test_a_folder_without_a_recipe(tmp_path):
+    with pytest.raises(RecipeError, match=r"is a folder without recipe\.yaml"):
+        Recipe.load(tmp_path)

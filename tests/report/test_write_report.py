@@ -100,8 +100,9 @@ def full(path, sparsity, conversion) -> tuple[str, Page]:
 def test_page_has_every_part(tmp_path, sparsity, conversion):
     text, page = full(tmp_path / "report.html", sparsity, conversion)
     assert {"Run", "Evaluation", "Layers"} <= set(page.texts["h2"])
-    assert page.texts["figcaption"] == ["Loss", "Metrics", "Time by layer, dense and sparse", "Sparsity by layer"]
-    assert text.count("<svg") == 4
+    captions = ["Loss", "Metrics", "Learning rate", "Time by layer, dense and sparse", "Sparsity by layer"]
+    assert page.texts["figcaption"] == captions
+    assert text.count("<svg") == 5
     for figure in ("81.25 %", "2.50 ×", "53.47 %", "376"):
         assert figure in page.texts["b"]
     assert {"7,500", "0.0001234", "True", "0.8125"} <= set(page.texts["dd"])
