@@ -146,7 +146,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def load_sst2(data: Path, seed: int) -> dict[str, Any]:
-    sst2 = load_data(str(data / "glue_sst2"), seed=seed, max_train_samples=6000)
+    sst2 = load_data(str(data / "glue_sst2"), seed=seed, max_train_samples=3000)
     model, tokenizer = load_minilm(data, sst2)
     prepared = prepare(sst2, model, tokenizer, max_length=64, seed=seed)
     return {
@@ -171,7 +171,7 @@ STUDIES = {
         {"GMP": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"]}), "dense": ("", {})},
     ),
     "pretrained": Study(
-        load_cifar, 8, 64, (torch.optim.SGD, {"lr": 0.03, **MOMENTUM}),
+        load_cifar, 4, 64, (torch.optim.SGD, {"lr": 0.03, **MOMENTUM}),
         {
             "dense": ("", {}),
             "GMP 80": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"], "sparsity": 0.8}),
@@ -181,7 +181,7 @@ STUDIES = {
         },
     ),
     "scratch": Study(
-        partial(load_cifar, pretrained=False), 12, 64, (torch.optim.SGD, {"lr": 0.1, **MOMENTUM}),
+        partial(load_cifar, pretrained=False), 6, 64, (torch.optim.SGD, {"lr": 0.1, **MOMENTUM}),
         {
             "dense": ("", {}),
             "GMP 80": ("gmp.yaml", {**SCRATCH, "scope": "global", "sparsity": 0.8}),
@@ -205,7 +205,7 @@ STUDIES = {
         },
     ),
     "mobilenet": Study(
-        load_imagenette, 5, 32, (torch.optim.SGD, {"lr": 0.01, **MOMENTUM}),
+        load_imagenette, 3, 32, (torch.optim.SGD, {"lr": 0.01, **MOMENTUM}),
         {
             "dense": ("", {}),
             **{
@@ -215,7 +215,7 @@ STUDIES = {
         },
     ),
     "mobilenet-scratch": Study(
-        partial(load_imagenette, pretrained=False), 8, 32, (torch.optim.SGD, {"lr": 0.05, **MOMENTUM}),
+        partial(load_imagenette, pretrained=False), 4, 32, (torch.optim.SGD, {"lr": 0.05, **MOMENTUM}),
         {
             "dense": ("", {}),
             **{
@@ -225,7 +225,7 @@ STUDIES = {
         },
     ),
     "sst2": Study(
-        load_sst2, 2, 32, (torch.optim.AdamW, {"lr": 2e-4, "weight_decay": 0.01}),
+        load_sst2, 1, 32, (torch.optim.AdamW, {"lr": 2e-4, "weight_decay": 0.01}),
         {
             "dense": ("", {}),
             "oBERT": ("obert.yaml", {"sparsity": 0.9, "lr": 2e-4, "num_grads": 64}),

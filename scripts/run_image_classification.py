@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from sparse_ft import SparseTrainingArguments
 from sparse_ft.data import load_data, prepare
@@ -74,6 +74,7 @@ def main() -> None:
     choice = ModelChoice(
         model_args.model_name_or_path, model_args.pretrained, model_args.model_revision, model_args.token
     )
+    set_seed(training_args.seed)
     model, processor = load_for_training(choice, data)
     prepared = prepare(
         data,

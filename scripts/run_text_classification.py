@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from sparse_ft import SparseTrainingArguments
 from sparse_ft.data import load_data, prepare
@@ -69,6 +69,7 @@ def main() -> None:
         max_eval_samples=data_args.max_eval_samples,
     )
     choice = ModelChoice(model_args.model_name_or_path, revision=model_args.model_revision, token=model_args.token)
+    set_seed(training_args.seed)
     model, processor = load_for_training(choice, data)
     prepared = prepare(data, model, processor, max_length=data_args.max_seq_length)
     trainer = make_trainer(model, prepared, training_args, card=card_entries(choice, data))

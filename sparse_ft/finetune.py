@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
 from sparse_ft.bench import StepComparison, compare_steps
 from sparse_ft.data import Data, PreparedData, Task, prepare
@@ -202,6 +202,7 @@ def finetune(
         DataError, ModelError, CheckpointError: one line says what is wrong and what to do.
         TrainingInterrupted: on Ctrl-C, after a checkpoint has been saved.
     """
+    set_seed(args.seed)  # weights that begin at random do so alike in every run
     model, processor = load_for_training(choice, data)
     if "learning_rate" not in args.given:
         args.learning_rate = default_learning_rate(model)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.conversion import to_dense
 from sparse_ft.masks import SparsityReport, sparsity
 from sparse_ft.masks.targets import unwrap
 from sparse_ft.methods import FieldError, Forward, Modifier, Training
@@ -110,7 +111,8 @@ class SparseSession:
         if isinstance(teacher, str):
             if teacher != "self":
                 raise ValueError(f'teacher must be a model, "self" or "disable", not {teacher!r}')
-            teacher = copy.deepcopy(self.training.model)
+            # Dense, whatever form the model has: a resumed one may have more native layers than at the beginning.
+            teacher = to_dense(copy.deepcopy(self.training.model))
         if teacher is not None:
             self.training.teacher = teacher.eval().requires_grad_(False)
         for modifier in self._modifiers:

@@ -107,3 +107,18 @@ def test_train(run, recipe, image_model, tmp_path):
     layers = {layer.name: layer for layer in sparsity(from_pretrained(tmp_path / "out", convert=False)).layers}
     assert layers["layer2.0.conv1"].sparsity == pytest.approx(0.75, abs=5e-3)  # of 0.8 before
     assert run("train", *arguments[:-2])[0] == 2
+
+
+def test_weights_that_begin_at_random_are_those_of_the_seed(run, recipe, tmp_path):
+    def weights(folder, *seed):
+        status, _, err = run(
+            "train", "--model", "timm/test_resnet", "--dataset", "digits", "--image-size", 32, "--recipe", recipe,
+            "--output-dir", tmp_path / folder, "--max-train-samples", 16, "--max-eval-samples", 8, "--no-compare",
+            "--sparse-policy", "none", "--save-strategy", "no", "--recipe-args", "last=1", *QUICK, *seed,
+        )  # fmt: skip
+        assert status == 0, err
+        return (tmp_path / folder / "model.safetensors").read_bytes()
+
+    first = weights("first")
+    assert weights("second") == first
+    assert weights("third", "--seed", 7) != first

@@ -236,6 +236,26 @@ def test_distillation(tmp_path, make_model):
         assert losses(split) == pytest.approx(losses(whole), rel=1e-3)
 
 
+def test_a_run_that_learns_from_its_own_beginning_resumes_exactly(tmp_path):
+    """Also where layers are native by then: the teacher is as dense as it was."""
+    text = """
+modifiers:
+  - !GMPruningModifier
+    {params: ['re:.*layer.*dense.weight'], init_sparsity: 0.6, final_sparsity: 0.8, update_frequency: 5,
+     start_epoch: 0, end_epoch: 5}
+  - !DistillationModifier {hardness: 0.5}
+"""
+    arguments = {"save_strategy": "steps", "save_steps": 15, "recipe": text, "num_train_epochs": 6}
+    options = {"trainer_options": {"teacher": "self"}}
+    whole = make_trainer(bert(), tmp_path, **arguments, **options)
+    whole.train()
+    resumed = make_trainer(bert(seed=1), tmp_path / "again", **arguments, **options)
+    checkpoint = tmp_path / "checkpoint-15"
+    assert json.loads((checkpoint / "sparse_ft.json").read_text())["native_layers"]
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_run(resumed, whole)
+
+
 def test_second_order_pruning_samples_the_training_data(tmp_path):
     text = gmp().replace(
         "!GMPruningModifier", "!OBSPruningModifier\n    num_grads: 3\n    grad_sampler_kwargs: {batch_size: 2}"
