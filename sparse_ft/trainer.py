@@ -298,7 +298,13 @@ class SparseTrainer(Trainer):
         """Logs; see `transformers.Trainer.log`. With a recipe, the loss comes with the sparsity of the model."""
         if self.session is not None and "loss" in logs:
             logs["sparsity"] = round(self.session.sparsity().overall, 4)
+            self._show_beside_progress(f"{logs['sparsity']:.1%} zeros")
         super().log(logs, start_time)
+
+    def _show_beside_progress(self, text: str) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_postfix_str(text)
 
     def _log_layers(self) -> None:
         """Tells the loggers the sparsity of every weight under the recipe; a terminal has no room for it."""

@@ -1,6 +1,7 @@
 """A recipe in SparseTrainer: what it sets, what it leaves behind, and how it is resumed."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -214,6 +215,12 @@ def test_loggers_get_the_layers(tmp_path):
     assert layers.keys() == {f"sparsity/{name}" for name in trainer.masks}
     assert all(values[-1] == pytest.approx(0.8, abs=5e-3) for values in layers.values())
     assert isinstance(trainer.model, nn.Module)
+
+
+def test_the_progress_bar_shows_the_sparsity(tmp_path, capsys):
+    make_trainer(bert(), tmp_path, recipe=gmp(), num_train_epochs=3, disable_tqdm=False).train()
+    last = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert any(re.search(r"12/12 .*\d\d\.\d% zeros", line) for line in last), last[-5:]
 
 
 @pytest.mark.parametrize("make_model", [bert, timm_resnet])
