@@ -22,7 +22,7 @@ struct Entry {
 };
 
 struct Tap {                // of a phase
-    int32_t number, shift;  // kernel position; floats back from an entry's place
+    int32_t number, shift;  // kernel position, later of its sums; floats back from an entry's place
 };
 
 // Lists of entries of a tile, one for each input channel and phase.
@@ -136,7 +136,7 @@ class CompactGradientSum {
           y(a.height, q.output_h, q.shape.stride_y, q.shape.padding_y, q.shape.dilation_y, q.shape.kernel_h),
           x(a.width, q.output_w, q.shape.stride_x, q.shape.padding_x, q.shape.dilation_x, q.shape.kernel_w),
           group_rows(q.shape.out_channels / q.shape.groups),
-          taps(q.shape.kernel_h * q.shape.kernel_w) {
+          all_taps(q.shape.kernel_h * q.shape.kernel_w) {
         find_phases();
         vectors = most_taps > 4 ? 1 : most_taps > 2 ? 2 : 4;
         while (vectors > 1 && (vectors / 2) * kLanes >= group_rows) vectors /= 2;
@@ -172,7 +172,9 @@ class CompactGradientSum {
     const CompactGradient& q;
     const Compact& a;
     const GradientAxis y, x;
-    const int64_t group_rows, taps;
+    const int64_t group_rows, all_taps;
+    std::vector<int64_t> useful;  // kernel positions that have sums; the others' gradients are 0
+    int64_t taps;                 // as many
     std::vector<Phase> phases;
     int64_t most_taps = 0;
     int64_t multiply_adds = 0;
@@ -196,12 +198,16 @@ class CompactGradientSum {
                 Phase phase{py, px, {}};
                 for (int64_t ky = 0; ky < y.taps; ++ky)
                     for (int64_t kx = 0; kx < x.taps; ++kx)
-                        if (y.is_useful(ky, py) && x.is_useful(kx, px))
+                        if (y.is_useful(ky, py) && x.is_useful(kx, px)) {
                             phase.taps.push_back({int32_t(ky * x.taps + kx), 0});
+                            useful.push_back(ky * x.taps + kx);
+                        }
                 if (phase.taps.empty()) continue;
                 most_taps = std::max(most_taps, int64_t(phase.taps.size()));
                 phases.push_back(phase);
             }
+        std::sort(useful.begin(), useful.end());  // every tap is of one phase
+        taps = int64_t(useful.size());
     }
 
     // The tile that packs the least for what it computes.
@@ -222,10 +228,12 @@ class CompactGradientSum {
         }
         panel_cols = tile_cols + x.reach;
         for (Phase& phase : phases)
-            for (Tap& tap : phase.taps)
-                tap.shift =
-                    int32_t((y.hop(tap.number / x.taps, phase.y) * panel_cols + x.hop(tap.number % x.taps, phase.x)) *
-                            8 * width);
+            for (Tap& tap : phase.taps) {
+                const int64_t hops =
+                    y.hop(tap.number / x.taps, phase.y) * panel_cols + x.hop(tap.number % x.taps, phase.x);
+                tap.shift = int32_t(hops * 8 * width);
+                tap.number = int32_t(std::lower_bound(useful.begin(), useful.end(), tap.number) - useful.begin());
+            }
     }
 
     // Threads that share the blocks of samples have sums of their own, which are added up at the end; those that share
@@ -406,8 +414,17 @@ class CompactGradientSum {
             for (int64_t i = 0; i < size; i += kLanes) store(own + i, load(own + i) + load(other + i));
         }
         const int64_t group = block / row_blocks, offset = block % row_blocks * width;
-        transpose(own, width, q.weight_grad + (group * group_rows + offset) * columns, columns, columns,
-                  std::min(width, group_rows - offset));
+        const int64_t rows = std::min(width, group_rows - offset), row_size = q.shape.in_per_group * all_taps;
+        float* to = q.weight_grad + (group * group_rows + offset) * row_size;
+        if (taps == all_taps) return transpose(own, width, to, columns, columns, rows);
+        thread_local Scratch scratch;
+        float* packed = scratch.floats(size_t(rows * columns) + 1);
+        transpose(own, width, packed, columns, columns, rows);
+        for (int64_t row = 0; row < rows; ++row, to += row_size) {
+            std::memset(to, 0, size_t(row_size) * sizeof(float));
+            for (int64_t i = 0; i < q.shape.in_per_group; ++i)
+                for (int64_t tap : useful) to[i * all_taps + tap] = *packed++;
+        }
     }
 };
 

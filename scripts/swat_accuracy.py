@@ -46,6 +46,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--dense-epochs", type=float, default=0.0, help="after which SWAT begins")
+    parser.add_argument("--activation-sparsity", type=float, help="instead of that of the weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -69,10 +71,15 @@ def train(args: argparse.Namespace, run: str, splits: dict[str, Split]) -> None:
         model.to(memory_format=torch.channels_last)
     else:
         scope, _, percent = run.rpartition("-")
-        recipe_args |= {"sparsity": int(percent) / 100, "scope": scope or "uniform"}
+        recipe_args |= {"sparsity": int(percent) / 100, "scope": scope or "uniform", "start": args.dense_epochs}
+    recipe = DENSE if run == "dense" else SWAT.read_text()
+    if args.activation_sparsity is not None:
+        recipe = recipe.replace("    scope:", f"    activation_sparsity: {args.activation_sparsity}\n    scope:")
     steps = len(splits["train"][1]) // args.batch_size
-    session = SparseSession(model, DENSE if run == "dense" else SWAT, optimizer, steps, recipe_args=recipe_args)
-    settings = {key: getattr(args, key) for key in ("start", "batch_size", "weight_decay", "seed")}
+    session = SparseSession(model, recipe, optimizer, steps, recipe_args=recipe_args)
+    settings = {
+        key: getattr(args, key) for key in ("start", "batch_size", "weight_decay", "activation_sparsity", "seed")
+    }
     result = {"run": run, "recipe_args": recipe_args} | settings
     result |= {"finished": False, "points": []}
     spent = 0.0

@@ -128,8 +128,6 @@ def weights(layers: dict[str, SWATLayer]) -> dict[str, float]:
     """MiB that the backward pass reads of weights: dense ones, or the values in use and their positions."""
     dense = sum(layer.weight.numel() for layer in layers.values())
     used = [layer.swat.active.used for layer in layers.values()]
-    values = sum(each.pattern.nnz for each in used)
-    positions = sum(
-        t.numel() for each in used for t in (each.pattern.t_row_ptr, each.pattern.t_col, each.pattern.perm)
-    )
+    values = sum(each.values.numel() for each in used)
+    positions = sum(tensor.numel() for each in used for tensor in each.pattern[2:])  # of the transpose
     return {"dense": dense / 2**18, "values": values / 2**18, "positions": positions / 2**18}

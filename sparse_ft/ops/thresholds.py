@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from sparse_ft.ops import _native, native
-from sparse_ft.ops.pattern import SparsePattern
 
 
 def count_at_least(weight: Tensor, threshold: float) -> int:
@@ -22,8 +21,10 @@ def count_at_least(weight: Tensor, threshold: float) -> int:
 
 def pattern_at_least(
     weight: Tensor, threshold: float, *, stride, padding, dilation, groups: int, taps: Tensor | None = None
-) -> tuple[SparsePattern, Tensor]:
-    """The pattern and the values of the weights with a magnitude of at least `threshold` that are not zero.
+) -> tuple[list[Tensor], Tensor]:
+    """Index tensors, as a SparsePattern has them, and values of the weights whose magnitude is at least `threshold`.
+
+    Zero is never among them.
 
     Args:
         weight: float32 on CPU, (O, I/groups, KH, KW).
@@ -52,4 +53,4 @@ def pattern_at_least(
         native.convolution(shape, *geometry), weight.data_ptr(), threshold, native._pointer(taps), row_ptr.data_ptr(),
         col.data_ptr(), values.data_ptr(), t_row_ptr.data_ptr(), t_col.data_ptr(), perm.data_ptr(), threads,
     )  # fmt: skip
-    return SparsePattern([row_ptr, col, t_row_ptr, t_col, perm], shape, *geometry), values
+    return [row_ptr, col, t_row_ptr, t_col, perm], values

@@ -146,6 +146,19 @@ def test_equal_inputs_never_exceed_the_share():
     assert state.kept == int((x == 2).sum())
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_reaches_the_gradients_that_it_reaches_in_torch(value):
+    layer, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(8, 3, 6, 6)
+    x[1, 2, 0, 0] = value
+    state = under_swat(layer, kept_input=1.0)
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    want = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    want(x).backward(torch.ones_like(y))
+    assert state.kept == x.numel() - 1 and want.weight.grad.isfinite().any()  # the least magnitude is left out
+    assert torch.equal(layer.weight.grad.isfinite(), want.weight.grad.isfinite())
+
+
 def test_taps_that_read_padding_alone_are_left_out_for_inputs_that_small():
     geometry = Geometry.of(nn.Conv2d(1, 1, 3, padding=1))
     assert reached_taps(geometry, 1, 1).tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
@@ -215,6 +228,12 @@ def test_all_zero_weights_have_no_threshold():
     assert not budgets.at_least(weight, 0.0, "unstructured")[0, 0]
 
 
+def _positions(used, weight):
+    return used and torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, used.places(), True).view(
+        weight.shape
+    )
+
+
 def _watched(fields, steps):
     """What stands after each step: the weights in use, their threshold, that of the inputs, the weights; and the
     positions that this step computed with, unless weights have just been chosen."""
@@ -224,7 +243,7 @@ def _watched(fields, steps):
     def note(step):
         weight = model.hidden.weight.detach().clone()
         state = model.hidden.swat
-        active, used = state.active, state.active.used and state.active.used.pattern.mask().view(weight.shape)
+        active, used = state.active, _positions(state.active.used, weight)
         seen.append((active.mask(model.hidden.weight), active.threshold, state.threshold, weight, used))
 
     train(model, optimizer, session, steps, each=note)
@@ -312,6 +331,75 @@ def test_policies_agree():
         losses[policy] = float(F.cross_entropy(model.eval()(images), labels).detach())
     assert losses["always"] == pytest.approx(losses["none"], rel=1e-3)
     assert losses["auto"] == pytest.approx(losses["none"], rel=1e-3)
+
+
+class _TopK(torch.autograd.Function):
+    """A convolution or linear layer as the paper has it, by masks on dense tensors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, product, weight_threshold, input_threshold):
+        used = weight * (weight.abs() >= weight_threshold)
+        ctx.save_for_backward(x * (x.abs() > input_threshold), used)
+        ctx.product, ctx.shape = product, x.shape
+        return product(x, used, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept, used = ctx.saved_tensors
+        with torch.enable_grad():
+            x, weight = torch.zeros_like(kept).requires_grad_(), torch.zeros_like(used).requires_grad_()
+            (grad_x,) = torch.autograd.grad(ctx.product(x, used, None), x, grad)
+            (grad_weight,) = torch.autograd.grad(ctx.product(kept, weight, None), weight, grad)
+        return grad_x, grad_weight, grad.sum((0, *range(2, grad.dim()))), None, None, None
+
+
+def test_a_training_is_that_of_a_plain_implementation():
+    """Of the paper's algorithm, with everything else torch's own."""
+    period, steps, share = 3, 14, 0.25
+
+    def thresholds(layer, x=None):
+        if x is None:
+            weight = layer.weight.detach()
+            return weight.abs().flatten().sort(descending=True).values[weight.numel() // 4 - 1]
+        return x.abs().flatten().sort(descending=True).values[int(share * x.numel())]
+
+    def product(layer):
+        if isinstance(layer, nn.Linear):
+            return F.linear
+        return lambda x, weight, bias: F.conv2d(x, weight, bias, layer.stride, layer.padding)
+
+    plain, optimizer, _ = make(recipe(FIELDS))
+    layers = [plain.conv, plain.hidden]
+    found: dict = {}
+
+    def forward(step, images):
+        def sparse(layer, x):
+            if step == 0:
+                return layer(x)  # the step at which it begins
+            if (step - 1) % period == 0:
+                found[layer, "input"] = thresholds(layer, x.detach())
+            return _TopK.apply(
+                x, layer.weight, layer.bias, product(layer), found[layer, "weight"], found[layer, "input"]
+            )
+
+        x = F.relu(plain.norm(sparse(plain.conv, F.relu(plain.stem(images)))))
+        return plain.head(F.relu(sparse(plain.hidden, x.flatten(1))))
+
+    for step in range(steps):
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(forward(step, images), labels).backward()
+        if step > 0:
+            optimizer.step()
+        if step % period == 0:
+            found |= {(layer, "weight"): thresholds(layer) for layer in layers}
+        if step == 0:  # it begins before the weights change
+            optimizer.step()
+
+    model, optimizer, session = make(recipe(f"{FIELDS}, update_period: {period}, policy: always"))
+    train(model, optimizer, session, steps)
+    for name, want in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], want, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_accumulated_batches_share_one_threshold():

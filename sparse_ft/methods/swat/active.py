@@ -1,6 +1,7 @@
 """Which weights of a layer are in use under SWAT, and the pattern and values that its products compute with."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn.conv import padding_of
 from sparse_ft.ops import SparsePattern, native_reason
+from sparse_ft.ops.pattern import flat_index
 from sparse_ft.ops.thresholds import pattern_at_least
 
 from . import budgets
@@ -63,13 +65,25 @@ class Operands(NamedTuple):
     """What products need of a layer's weights.
 
     Attributes:
-        pattern, values: of the weights in use that meet an input.
+        pattern: index tensors of the weights in use that meet an input, as of a SparsePattern.
+        values: of these.
+        shape: of the dense weight, in four dimensions.
         columns: of the dense weight, as many as meet an input.
     """
 
-    pattern: SparsePattern
+    pattern: list[Tensor]
     values: Tensor
+    shape: tuple[int, ...]
     columns: int
+
+    def places(self) -> Tensor:
+        """Where the values are in the flat dense weight."""
+        return flat_index(self.pattern[0], self.pattern[1], self.shape)
+
+    def dense(self) -> Tensor:
+        """The weight with zeros wherever it is not in use."""
+        dense = self.values.new_zeros(math.prod(self.shape))
+        return dense.index_copy_(0, self.places(), self.values).view(self.shape)
 
 
 class Active:
@@ -122,7 +136,7 @@ class Active:
             self.used, self._index = self._make(weight, taps, native), None
         elif version != self._used_for:  # the same weights, other values
             if self._index is None:
-                self._index = self.used.pattern.flat_index()
+                self._index = self.used.places()
             values = weight.detach().reshape(-1).index_select(0, self._index)
             self.used = self.used._replace(values=values)
         self._used_for, self._taps = version, taps
@@ -139,9 +153,10 @@ class Active:
             mask = self.mask(weight).view(g.weight_shape)
             if taps is not None:
                 mask = mask & taps.view(g.weight_shape[2:]).bool()
-            pattern, values = SparsePattern.build(weight.detach().view(g.weight_shape), mask, **g.of_pattern())
+            built, values = SparsePattern.build(weight.detach().view(g.weight_shape), mask, **g.of_pattern())
+            pattern = built.tensors
         reached = g.weight_shape[2] * g.weight_shape[3] if taps is None else int(taps.sum())
-        return Operands(pattern, values, g.weight_shape[1] * reached)
+        return Operands(pattern, values, g.weight_shape, g.weight_shape[1] * reached)
 
 
 _UNKNOWN = (0, -1)

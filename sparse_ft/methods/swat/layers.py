@@ -65,7 +65,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: State, training: bool) -> Tensor:
         weights = state.active.operands(weight, *x.shape[2:])
-        ctx.products, ctx.pattern, ctx.columns = state.products, weights.pattern, weights.columns
+        ctx.products, ctx.pattern, ctx.of_weight = state.products, weights.pattern, weights[2:]
         ctx.shape, ctx.dtype = x.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.compact = None
@@ -84,7 +84,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, *kept = ctx.saved_tensors
-        grad, weights = _in_layout(grad), Operands(ctx.pattern, values, ctx.columns)
+        grad, weights = _in_layout(grad), Operands(ctx.pattern, values, *ctx.of_weight)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.products.input_grad(grad, weights, ctx.shape)

@@ -4,6 +4,7 @@ Sparse: with the weight's nonzeros, or with the values that were kept of the inp
 numbers, zeros in between. Which is faster depends on shapes and sparsities, and is measured.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,20 +57,20 @@ class Products:
         g = self.geometry
 
         def sparse() -> Tensor:
-            return conv2d(x, weights.values, bias, weights.pattern.tensors, *g)
+            return conv2d(x, weights.values, bias, weights.pattern, *g)
 
         def dense() -> Tensor:
             top, left, bottom, right = g.padding
             source, padding = _for_torch(x), (top, left)
             if (top, left) != (bottom, right):
                 source, padding = F.pad(source, (left, right, top, bottom)), (0, 0)
-            weight = weights.pattern.to_dense(weights.values).to(x.dtype)
+            weight = weights.dense().to(x.dtype)
             shift = None if bias is None else bias.to(x.dtype)
             return _from_torch(F.conv2d(source, weight, shift, g.stride, padding, g.dilation, g.groups))
 
         form = self._form("forward", x, weights, sparse, dense, decides=training)
         if training and form == SPARSE and (x.shape[0] * x.shape[2] * x.shape[3]) * self.period < _WORTH_GENERATING:
-            compute_plainly(weights.pattern.tensors)
+            compute_plainly(weights.pattern)
         y = sparse() if form == SPARSE else dense()
         if training:
             self.operations.forward += self._count(y, weights, form)
@@ -79,11 +80,11 @@ class Products:
         g = self.geometry
 
         def sparse() -> Tensor:
-            return conv2d_input_grad(grad, weights.values, weights.pattern.tensors, *g, list(shape))
+            return conv2d_input_grad(grad, weights.values, weights.pattern, *g, list(shape))
 
         def dense() -> Tensor:
             x = grad.new_empty(1).expand(shape)  # its values are not looked at
-            return _dense_backward(g, grad, x, weights.pattern.to_dense(weights.values), 0)
+            return _dense_backward(g, grad, x, weights.dense(), 0)
 
         form = self._form("input_grad", grad, weights, sparse, dense)
         grad_x = sparse() if form == SPARSE else dense()
@@ -114,6 +115,8 @@ class Products:
             return _dense_backward(g, grad, x, grad.new_empty(1).expand(g.weight_shape), 1)
 
         form = self._form("weight_grad", grad, weights, sparse, dense)
+        if isinstance(kept, Compact) and not math.isfinite(float(kept.values.sum())):
+            form = DENSE  # the kernel multiplies with zeros around the output, where an infinite input gives NaN
         result = sparse() if form == SPARSE else dense()
         every = self._count(grad, weights, DENSE)
         self.operations.weight_grad += done if form == SPARSE else every
@@ -128,7 +131,7 @@ class Products:
             if self.policy == "always" or not decides or x.numel() == 0:
                 return SPARSE
             assert self.cache is not None
-            density = weights.pattern.nnz / max(1, self.geometry.weight_shape[0] * weights.columns)
+            density = weights.values.numel() / max(1, self.geometry.weight_shape[0] * weights.columns)
             numbers = *self.geometry, *x.shape, round(density, 2), torch.get_num_threads()
             key = f"swat {product} {numbers}"
             timing = self.cache.get(key, lambda: duel({DENSE: dense}, sparse, _BUDGET_S))
@@ -141,7 +144,7 @@ class Products:
         positions = y.numel() // max(1, y.shape[1])
         every = positions * self.geometry.weight_shape[0] * weights.columns
         self.operations.dense += every
-        return every if form == DENSE else positions * weights.pattern.nnz
+        return every if form == DENSE else positions * weights.values.numel()
 
 
 def _dense_backward(g: Geometry, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
