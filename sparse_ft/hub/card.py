@@ -1,5 +1,6 @@
 """The model card (README.md) of a sparse checkpoint."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from .errors import ModelError
 TAGS = ["sparse_ft", "sparsity"]
 UNKNOWN_ID = "USER/NAME"  # stands in the card's examples until the repository is known
 _METADATA = ("base_model", "datasets", "language", "license", "license_link", "license_name", "tags")
+_DENSE = re.compile(r"<!-- dense -->\n.*?<!-- /dense -->\n", re.DOTALL)  # parts of the card, marked in its template
+_COMPACT_ONLY = "The checkpoint is in compact form alone, for `sparse_ft` or transformers with `sparse_ft` imported.\n"
 _TEXTS = ("dataset_name", "description", "model_id", "speed", "title")
 
 
@@ -36,7 +39,8 @@ def model_card(
         model_class: Name of the model's class or architecture.
         task: Task name of the Hub.
         report: Sparsity of the model.
-        metrics: Figures by name. They enter the card's metadata too when `card` names the dataset.
+        metrics: Figures by name. They enter the card's metadata (``model-index``) too when `card` names the dataset,
+            by its Hub id in ``datasets`` or in words in ``dataset_name``.
         recipe: Text of the recipe that the model was trained with.
         has_compact: Whether the compact form lies beside.
         card: What only the user knows. Metadata: ``license``, ``license_name``, ``license_link``, ``language``,
@@ -81,6 +85,20 @@ def model_card(
     )
 
 
+def without_dense_weights(text: str) -> str:
+    """A card of `model_card` for a repository that holds the compact form alone: what needs the dense weights is left
+    out, and the Hub's page shows no code of a library that could not load it. Other cards stay as they are."""
+    first, *others = _DENSE.findall(text) or [None]
+    if first is None:
+        return text
+    text = text.replace(first, _COMPACT_ONLY, 1)
+    for part in others:
+        text = text.replace(part, "", 1)
+    card = ModelCard(text)
+    card.data["library_name"] = "sparse_ft"
+    return str(card)
+
+
 def _methods(recipe: str | None) -> dict[str, str]:
     """The modifiers of a recipe, each with where its method comes from; empty if this version cannot read it."""
     if recipe is None:
@@ -93,17 +111,19 @@ def _methods(recipe: str | None) -> dict[str, str]:
 
 
 def _results(metrics: Mapping[str, Any], task: str | None, card: Mapping[str, Any]) -> list[EvalResult]:
-    datasets = card.get("datasets")
-    if not datasets or task is None:
+    """The metrics as the Hub has them, where a figure belongs to a task and a dataset: none of those is made up."""
+    datasets = card.get("datasets") or []
+    dataset = datasets if isinstance(datasets, str) else next(iter(datasets), None)
+    name = card.get("dataset_name") or dataset
+    if task is None or not name:
         return []
-    dataset = datasets if isinstance(datasets, str) else datasets[0]
     return [
         EvalResult(
             task_type=task,
-            dataset_type=dataset,
-            dataset_name=card.get("dataset_name") or dataset,
-            metric_type=name,
+            dataset_type=dataset or re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "dataset",
+            dataset_name=name,
+            metric_type=metric,
             metric_value=value,
         )
-        for name, value in metrics.items()
+        for metric, value in metrics.items()
     ]

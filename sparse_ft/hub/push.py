@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import HfApi, get_token
 from torch import nn
 
-from .card import UNKNOWN_ID
+from .card import UNKNOWN_ID, without_dense_weights
 from .compact import COMPACT_FOLDER
 from .compact_folder import has_weights, write_compact_folder
 from .errors import LOGIN_HINT, ModelError, explain_hub_error
@@ -77,11 +77,11 @@ def push_to_hub(
             values_dtype is not None and folder.parent != Path(temporary)
         ):
             files |= _compact_form(folder, Path(temporary) / COMPACT_FOLDER, values_dtype)
-        files |= _named_card(files, repo_id, Path(temporary) / "README.md")
         if compact_only:
             if f"{COMPACT_FOLDER}/config.json" not in files:
                 raise ModelError("compact_only: too little of this model is zero for a compact form")
             files = {place: path for place, path in files.items() if not _matches(place, _DENSE_PATTERNS)}
+        files |= _card(files, repo_id, Path(temporary) / "README.md", compact_only=compact_only)
         commit = publish(
             files,
             api,
@@ -124,13 +124,18 @@ def _compact_form(folder: Path, target: Path, values_dtype: torch.dtype | None) 
     return {f"{COMPACT_FOLDER}/{path.name}": path for path in target.iterdir()}
 
 
-def _named_card(files: dict[str, Path], repo_id: str, target: Path) -> dict[str, Path]:
-    """The card with the repository's id in its examples, if the folder was saved before that was known."""
-    card = files.get("README.md")
-    text = card.read_text(encoding="utf-8") if card is not None else ""
-    if UNKNOWN_ID not in text:
+def _card(files: dict[str, Path], repo_id: str, target: Path, *, compact_only: bool) -> dict[str, Path]:
+    """The card with the repository's id in its examples, if the folder was saved before that was known, and with the
+    ways of loading that the pushed files allow."""
+    if "README.md" not in files:
         return {}
-    target.write_text(text.replace(UNKNOWN_ID, repo_id), encoding="utf-8")
+    saved = files["README.md"].read_text(encoding="utf-8")
+    text = saved.replace(UNKNOWN_ID, repo_id)
+    if compact_only:
+        text = without_dense_weights(text)
+    if text == saved:
+        return {}
+    target.write_text(text, encoding="utf-8")
     return {"README.md": target}
 
 

@@ -361,6 +361,18 @@ def test_card_and_info(resnet, tmp_path):
     assert '"shape": [8, 64, 3, 3]' in (tmp_path / "sparse_ft.json").read_text()
 
 
+def test_results_of_a_card_belong_to_a_dataset(resnet, tmp_path):
+    def results(**card):
+        save_pretrained(resnet, tmp_path, metrics={"accuracy": 0.875}, card=card)
+        data = ModelCard.load(tmp_path / "README.md").data  # reads the model-index as the Hub does
+        return [(each.dataset_type, each.dataset_name, each.metric_value) for each in data.eval_results or ()]
+
+    assert results(datasets=["uoft-cs/cifar10"]) == [("uoft-cs/cifar10", "uoft-cs/cifar10", 0.875)]
+    assert results(datasets="uoft-cs/cifar10", dataset_name="CIFAR-10") == [("uoft-cs/cifar10", "CIFAR-10", 0.875)]
+    assert results(dataset_name="My photos") == [("my-photos", "My photos", 0.875)]
+    assert results() == [] and "| accuracy | 0.875 |" in (tmp_path / "README.md").read_text()
+
+
 def test_card_of_a_transformers_model(bert, tmp_path):
     save_pretrained(bert, tmp_path)
     text = (tmp_path / "README.md").read_text()

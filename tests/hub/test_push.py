@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import READ_TOKEN
+from huggingface_hub import ModelCard
 
 from sparse_ft.hub import ModelError, push, push_to_hub
 
@@ -110,6 +111,12 @@ def test_push_and_stock_load(hub, run_client, upload_mode):
     assert "model.safetensors" not in hub.files("user/small")
     exact, rounded = (hub.files(f"user/{name}")["sparse/model.safetensors"] for name in ("bert", "small"))
     assert len(rounded) < len(exact)
+    card = ModelCard(hub.files("user/small")["README.md"].decode())
+    assert card.data.library_name == "sparse_ft" and "compact form alone" in card.text
+    assert [line for line in card.text.splitlines() if "from_pretrained" in line] == [
+        'model = BertForSequenceClassification.from_pretrained("user/small", subfolder="sparse")',
+        'model = sparse_ft.from_pretrained("user/small")',
+    ]
 
     stock = run_client(STOCK, home="stock")
     assert stock.splitlines() == ["class 3"] + 6 * ["True"]
