@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class ModelChoice:
     revision: str | None = None
     token: str | None = None
     reference: str | None = None
-    renames: Sequence[tuple[str, str]] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
     zero_threshold: float = 0.0
 
     def source(self) -> ModelSource:
@@ -70,7 +70,7 @@ def load_for_training(choice: ModelChoice, data: Data) -> tuple[nn.Module, Any]:
         revision=choice.revision,
         token=choice.token,
         reference=choice.reference,
-        renames=dict(choice.renames),
+        renames=choice.renames,
         zero_threshold=choice.zero_threshold,
     )
     return model, load_processor(choice, data.task)

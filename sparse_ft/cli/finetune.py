@@ -150,7 +150,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from sparse_ft.cli.models import quieten_loading
+    from sparse_ft.cli.models import origin, quieten_loading
     from sparse_ft.data import load_data
     from sparse_ft.finetune import ModelChoice, discard_earlier_run, finetune
     from sparse_ft.interrupt import TrainingInterrupted
@@ -176,14 +176,7 @@ def run(args: argparse.Namespace) -> None:
             discard_earlier_run(Path(args.output_dir))
         try:
             result = finetune(
-                ModelChoice(
-                    args.model,
-                    args.pretrained,
-                    args.revision,
-                    reference=args.reference,
-                    renames=args.rename,
-                    zero_threshold=args.zero_threshold,
-                ),
+                ModelChoice(args.model, **origin(args)),
                 data,
                 training_args,
                 augment=args.augment,

@@ -34,7 +34,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     import sparse_ft
-    from sparse_ft.cli.models import processor_beside, quieten_loading
+    from sparse_ft.cli.models import origin, processor_beside, quieten_loading
     from sparse_ft.hub.foreign import read_recipe
     from sparse_ft.masks import sparsity
 
@@ -43,11 +43,7 @@ def run(args: argparse.Namespace) -> None:
         model = sparse_ft.from_pretrained(
             args.model,
             num_labels=args.num_labels,
-            pretrained=args.pretrained,
-            revision=args.revision,
-            reference=args.reference,
-            renames=dict(args.rename),
-            zero_threshold=args.zero_threshold,
+            **origin(args),
             policy="always",  # sparse layers keep masks that the zeros do not tell
             min_sparsity=0.0,
         )

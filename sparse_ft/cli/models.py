@@ -19,17 +19,21 @@ def quieten_loading() -> None:
     logging.disable_progress_bar()
 
 
+def origin(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `options.add_model_options` as arguments of `from_pretrained` beside the name."""
+    return {
+        "pretrained": args.pretrained,
+        "revision": args.revision,
+        "reference": args.reference,
+        "renames": dict(args.rename),
+        "zero_threshold": args.zero_threshold,
+    }
+
+
 def load_dense(args: argparse.Namespace) -> nn.Module:
     """The model that the options name, in dense form with its zeros."""
     quieten_loading()
-    return load_model(
-        args.model,
-        pretrained=args.pretrained,
-        revision=args.revision,
-        reference=args.reference,
-        renames=dict(args.rename),
-        zero_threshold=args.zero_threshold,
-    )
+    return load_model(args.model, **origin(args))
 
 
 def load_or_create(args: argparse.Namespace) -> nn.Module:
