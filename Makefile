@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed  ## fine-tune the bundled sparse ResNet-20 on han
 test: $(VENV)/.installed  ## every fast test
 	$(BIN)/pytest -m "not slow"
 
-test-slow: $(VENV)/.installed fuzz  ## the rest: minutes each
+test-slow: $(VENV)/.slow fuzz  ## the rest: minutes each
 	$(BIN)/pytest -m slow
 
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
@@ -48,6 +48,10 @@ $(VENV)/.installed: pyproject.toml $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install -e ".[test]"
+	touch $@
+
+$(VENV)/.slow: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[test-slow]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

@@ -1,7 +1,6 @@
 """Finished runs side by side on one page."""
 
 import json
-import shutil
 
 import pytest
 from test_write_report import HOSTILE, Page
@@ -83,31 +82,3 @@ def test_command(runs, tmp_path, capsys):
     (runs / "r80" / "sparse_ft.json").write_text("{}")
     assert main(["report", str(runs)]) == 1
     assert "r80/sparse_ft.json does not describe a run" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_pages_in_a_browser(runs, tmp_path):
-    """At the width of a phone: nothing to report on the console, no sideways scrolling, plots drawn, columns sort."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser_path is None:
-        pytest.skip("no Chromium on this machine")
-    path = tmp_path / "gallery.html"
-    write_gallery(path, find_runs([runs]))
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        messages = []
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.goto(path.as_uri())
-        names = "[...document.querySelectorAll('td.name')].map(cell => cell.textContent)"
-        assert page.evaluate("document.documentElement.scrollWidth") == 390
-        sizes = page.evaluate("[...document.querySelectorAll('svg')].map(plot => plot.getBoundingClientRect().width)")
-        assert len(sizes) == 2 and all(300 < width <= 390 for width in sizes)
-        page.click("th:nth-child(2) button")
-        assert page.evaluate(names) == ["r80", "more/r95", "r99 <b>"]
-        page.click("th:nth-child(2) button")
-        assert page.evaluate(names) == ["r99 <b>", "more/r95", "r80"]
-        assert messages == []
-        browser.close()
