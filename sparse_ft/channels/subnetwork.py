@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparse_ft.masks.targets import unwrap
-from sparse_ft.nn import compute_narrowly
+from sparse_ft.nn import compute_varying
 
 from .units import Channels, slices_of
 
 
 def take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """A copy of the slices along the first and the second dimension; None takes all."""
-    return tensor[_index(rows, columns)]
+    """The slices along the first and the second dimension; None takes all."""
+    # Twice as fast as both indices at once.
+    taken = tensor if rows is None else tensor.index_select(0, rows)
+    return taken if columns is None else taken.index_select(1, columns)
 
 
 def _index(rows: Tensor | None, columns: Tensor | None) -> Any:
@@ -35,20 +37,20 @@ class _Take(torch.autograd.Function):
     """`take`, and back: the gradient is zero where nothing was taken."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, rows: Tensor | None, columns: Tensor | None, last: bool) -> Tensor:
         ctx.save_for_backward(rows, columns)
         ctx.shape, ctx.strides = tensor.shape, tensor.stride()
         taken = take(tensor, rows, columns)
-        return taken.contiguous(memory_format=torch.channels_last) if taken.dim() == 4 else taken
+        return taken.contiguous(memory_format=torch.channels_last) if last and taken.dim() == 4 else taken
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         rows, columns = ctx.saved_tensors
         # Strides of another layout would have the gradient copied as it accumulates and again by the optimizer.
         whole = torch.empty_strided(ctx.shape, ctx.strides, dtype=grad.dtype, device=grad.device).zero_()
         whole[_index(rows, columns)] = grad
-        return whole, None, None
+        return whole, None, None, None
 
 
 @dataclass
@@ -62,9 +64,9 @@ class _Taken:
     is_statistic: bool
     whole: Tensor | None = None  # while it is replaced
 
-    def put(self) -> None:
+    def put(self, channels_last: bool) -> None:
         self.whole = self.store[self.key]
-        self.store[self.key] = _Take.apply(self.whole, self.rows, self.columns)
+        self.store[self.key] = _Take.apply(self.whole, self.rows, self.columns, channels_last)
 
     def put_back(self, keep_statistics: bool) -> None:
         assert self.whole is not None
@@ -82,7 +84,7 @@ class SubNetwork:
         model: also inside DistributedDataParallel.
         channels: its units.
         kept: bool by unit. Every layer has to keep a channel, see `Channels.with_floor`.
-        native: compute convolutions that have few channels, and what is between them, on the native kernels.
+        native: compute with what minds no odd or ever other numbers of channels, see `sparse_ft.nn.compute_varying`.
     """
 
     def __init__(self, model: nn.Module, channels: Channels, kept: Tensor, *, native: bool = False):
@@ -128,13 +130,13 @@ class SubNetwork:
                         self._aside.append((module._buffers, key, buffer))
                         module._buffers[key] = buffer.clone()
         for taken in self._taken:
-            taken.put()
+            taken.put(channels_last=not self._native)  # in which oneDNN minds odd numbers of channels less
         for module, groups in self._groups:
             self._set(module, "groups", groups)
         if self._native:
             for module in self._modules:
                 self._classes.append((module, type(module)))
-                compute_narrowly(module)
+                compute_varying(module)
                 if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
                     self._set(module, "num_features", len(module.weight))  # which native norms go by
 

@@ -5,10 +5,10 @@ from sparse_ft.nn.dense import LayoutConv
 from sparse_ft.nn.frozen import FrozenMasks, freeze_masks
 from sparse_ft.nn.linear import SparseLinear, is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
-from sparse_ft.nn.narrow import compute_narrowly, suits_native
 from sparse_ft.nn.norm import LayoutNorm, LayoutNormAct
 from sparse_ft.nn.pooling import LayoutAdaptiveAvgPool, LayoutAvgPool, LayoutMaxPool
 from sparse_ft.nn.stock import follow_layout, restore_stock, stock_type
+from sparse_ft.nn.varying import VaryingConv, compute_varying, suits_varying
 
 __all__ = [
     "FrozenMasks",
@@ -21,11 +21,12 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",
-    "compute_narrowly",
+    "VaryingConv",
+    "compute_varying",
     "follow_layout",
     "freeze_masks",
     "is_transformers_conv1d",
     "restore_stock",
     "stock_type",
-    "suits_native",
+    "suits_varying",
 ]

@@ -1,6 +1,7 @@
 """A model with a part of its channels computes what it computes with the others at zero: outputs and gradients."""
 
 import contextlib
+import copy
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from timm.models.vgg import VGG
 from torch import nn
 
 from sparse_ft.channels import SubNetwork, analyze_channels
+from sparse_ft.nn import compute_varying
 
 SMALL = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "num_classes": 10}
 TIMM = {
@@ -138,6 +140,23 @@ def test_native_kernels_give_the_same(name):
         torch.testing.assert_close(value, seen[key], rtol=1e-4, atol=1e-5, msg=key)
     assert [type(module) for module in model.modules()] == kinds
     assert [module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)] == widths
+
+
+def test_wide_convolutions_compute_in_whole_blocks_of_channels():
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 70, 3, padding=1, bias=False), nn.Conv2d(70, 99, 3, 2, 1, bias=False)
+    model = nn.Sequential(first, nn.BatchNorm2d(70), second, nn.Hardswish(), nn.Conv2d(99, 80, 1), nn.Flatten(2))
+    images, varying = torch.randn(16, 3, 8, 8), copy.deepcopy(model)
+    for module in varying:
+        compute_varying(module)
+    expected, found = model(images), varying(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    for (name, ours), theirs in zip(varying.named_parameters(), model.parameters(), strict=True):
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
 def test_gradients_of_what_is_left_out_are_zero():

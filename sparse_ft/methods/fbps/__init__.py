@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.channels.tracing import tensors_of
-from sparse_ft.nn import suits_native
+from sparse_ft.nn import suits_varying
 
 from ..base import Bounded, Forward
 from ..channelwise import ChannelWise
@@ -206,7 +206,7 @@ class FBPS(ChannelWise, Bounded):
         return self._units(self._mask(training, int(self._second)))
 
     def runs_native(self, batch: Any) -> bool:
-        return self.native and any(map(suits_native, tensors_of(batch)))
+        return self.native and any(map(suits_varying, tensors_of(batch)))
 
     def keeps_statistics(self) -> bool:
         return not self._second and self._candidate is None
