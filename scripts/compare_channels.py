@@ -164,7 +164,7 @@ def operations(model: nn.Module, images: Tensor) -> int:
 
 
 def shown(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("start", "lr", "probability_lr", "search", "prune_until", "init", "pixels")
+    names = ("start", "lr", "probability_lr", "search", "prune_until", "init", "pixels", "images")
     return {name: getattr(args, name) for name in names}
 
 
@@ -186,10 +186,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--probability-lr", type=float, default=12e-3)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--images", type=int, help="train on so many images only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
     args.pixels = args.pixels or (64 if args.start == "random" else 32)
     data, _ = load_splits(args.data)
+    data["train"] = (data["train"][0][: args.images], data["train"][1][: args.images])
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     for seed in args.seeds:
         for name, recipe in recipes(args).items():

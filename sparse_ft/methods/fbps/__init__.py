@@ -77,7 +77,7 @@ class FBPS(ChannelWise, Bounded):
     candidate_batches: int = field(integer(1), 8, unit="batches", doc="For the loss of a candidate.")
     native: bool = field(
         FLAG, True,
-        doc="Compute convolutions with few channels on the native kernels: in float32, with 16 images or more.",
+        doc="Compute in forms that mind no odd and no changing numbers of channels: float32, 16 images and more.",
     )  # fmt: skip
     seed: int = field(integer(0), 0, doc="Of the masks.")
 
