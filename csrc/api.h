@@ -42,6 +42,15 @@ struct Geometry {
     int64_t dest_step_y, dest_step_x;  // destination step from one position to the next
 };
 
+enum class Activation { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kGelu, kGeluTanh };
+
+// A norm and an activation that a batch-last source's values go through on their way into a product, by channel:
+// activation((x - mean) * scale + offset). What lies outside the source stays zero.
+struct SourceNorm {
+    const float *mean, *scale, *offset;
+    Activation activation;
+};
+
 struct Product {
     Geometry geometry;
     int64_t plane_count;
@@ -49,16 +58,15 @@ struct Product {
     int64_t nnz;
     const int32_t* col;  // channel-in-group * taps + tap, strictly increasing within a row
     const float* values;
-    const int32_t* perm;  // value of entry j is values[perm[j]]; null: values[j]
-    const float* bias;    // null: 0
-    View source, dest;    // dest may be null data in a sampled product
-    View grad;            // sampled product: G; unused otherwise
-    float* value_grad;    // sampled product: dw (nnz)
-    Programs* programs;   // where this pattern's generated kernels are kept; null: generate none
+    const int32_t* perm;     // value of entry j is values[perm[j]]; null: values[j]
+    const float* bias;       // null: 0
+    View source, dest;       // dest may be null data in a sampled product
+    const SourceNorm* norm;  // of the source; may be null
+    View grad;               // sampled product: G; unused otherwise
+    float* value_grad;       // sampled product: dw (nnz)
+    Programs* programs;      // where this pattern's generated kernels are kept; null: generate none
     int threads;
 };
-
-enum class Activation { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kGelu, kGeluTanh };
 
 // Batch normalisation over a batch-last activation, where channel c is `size` contiguous floats, with what follows
 // it: y = activation((x - mean) * rstd * weight + bias + residual). Activations are `channels` * `size` floats.

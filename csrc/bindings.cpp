@@ -3,7 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <algorithm>
 #include <memory>
+#include <optional>
+#include <tuple>
 #include <stdexcept>
 #include <vector>
 
@@ -40,12 +43,40 @@ void run(const char* (*kernel)(const Product&), const Product& product) {
     raise(problem);
 }
 
+// A norm of a product's source as Python holds it: mean, 1 / standard deviation, weight and bias (which may be null),
+// and the activation.
+using NormArguments = std::optional<std::tuple<Address, Address, Address, Address, int>>;
+
+class Entrance {
+  public:
+    Entrance(const NormArguments& arguments, int64_t channels) {
+        if (!arguments) return;
+        const auto& [mean, rstd, weight, bias, activation] = *arguments;
+        scale.assign(at<const float>(rstd), at<const float>(rstd) + channels);
+        if (weight)
+            for (int64_t c = 0; c < channels; ++c) scale[size_t(c)] *= at<const float>(weight)[c];
+        offset.assign(size_t(channels), 0.0f);
+        if (bias) std::copy_n(at<const float>(bias), channels, offset.begin());
+        norm = {at<const float>(mean), scale.data(), offset.data(), activation_of(activation)};
+        given = true;
+    }
+    Entrance(const Entrance&) = delete;  // the norm points into it
+    const SourceNorm* get() const { return given ? &norm : nullptr; }
+
+  private:
+    std::vector<float> scale, offset;
+    SourceNorm norm{};
+    bool given = false;
+};
+
 void forward(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address y,
              const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
-             Programs* programs, int threads) {
+             Programs* programs, int threads, const NormArguments& norm) {
     check(c);
+    const Entrance entrance(norm, size[1]);
     ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
                      programs, threads);
+    f.product.norm = entrance.get();
     f.product.values = at<const float>(values);
     f.product.bias = at<const float>(bias);
     f.product.dest = view(y, y_stride);
@@ -64,10 +95,12 @@ void input_grad(const Convolution& c, const Four& size, Address grad, const Four
 
 void weight_grad(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address grad,
                  const Four& grad_stride, Address row_ptr, Address col, Address value_grad, int64_t nnz,
-                 Programs* programs, int threads) {
+                 Programs* programs, int threads, const NormArguments& norm) {
     check(c);
+    const Entrance entrance(norm, size[1]);
     ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
                      programs, threads);
+    f.product.norm = entrance.get();
     f.product.grad = view(grad, grad_stride);
     f.product.value_grad = at<float>(value_grad);
     run(active_kernels().sampled_product, f.product);

@@ -14,7 +14,7 @@ namespace SPARSE_FT_ISA {
 
 inline bool is_depthwise(const Product& q) {
     const Geometry& g = q.geometry;
-    return g.rows_per_group == 1 && g.channels_per_group == 1 && g.groups > 1 && q.source.n == 1 &&
+    return g.rows_per_group == 1 && g.channels_per_group == 1 && g.groups > 1 && q.source.n == 1 && !q.norm &&
            (q.value_grad ? q.grad.n : q.dest.n) == 1;
 }
 
@@ -128,9 +128,9 @@ class Depthwise {
                 if (all[i].reached[size_t(entry.column)]) taps[i].entries.push_back(entry);
             taps[i].end = entries.size() + 1;  // no row's yet
         }
-        for (int64_t y = 0; y < p.height; ++y)
+        for (int64_t y = 0; y < p.height; ++y) {
+            const int64_t row = y * g.step_y;
             for (size_t i = 0; i < all.size(); ++i) {
-                const int64_t row = y * g.step_y;
                 clip(row, &taps[i]);
                 const float* from =
                     q.source.data + channel * q.source.c + row * q.source.y + all[i].first * g.step_x * q.source.x;
@@ -139,6 +139,7 @@ class Depthwise {
                 else
                     write_sums(p, channel, y, all[i], taps[i], from);
             }
+        }
         if (q.value_grad)
             for (int32_t j = begin; j < end; ++j) q.value_grad[j] = sum(load(sums.data() + (j - begin) * kLanes));
     }

@@ -182,7 +182,7 @@ class GatherProduct {
 
         for_each_panel(t, g, first, last,
                        [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
-                           pack_panel(t, tile, g, q.source, channel, count, panel);
+                           pack_panel(t, tile, q, channel, count, panel);
                            if (direct) {
                                float* out = d.data + row0 * d.c + (p.dest_y + tile.y * g.dest_step_y) * d.y +
                                             (p.dest_x + tile.x * g.dest_step_x) * d.x + tile.n;

@@ -34,9 +34,9 @@ inline TileLimits generated_limits(const Product& q) {
     return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, kGeneratedPanel, true};
 }
 
-inline void pack(const Tiling& t, const Tile& tile, const Geometry& g, const View& s, int64_t channel, int64_t count,
-                 float* panel) {
-    if (t.group_stride == 0) return pack_panel(t, tile, g, s, channel, count, panel);
+inline void pack(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel) {
+    if (t.group_stride == 0) return pack_panel(t, tile, q, channel, count, panel);
+    const View& s = q.source;
     const int64_t x = t.x.source(0, 0, 0), y = t.y.source(0, 0, 0);  // a linear layer has one position
     for (int64_t n = 0; n < tile.lanes; n += kLanes, panel += t.group_stride)
         for (int64_t c = 0; c < count; c += 16)

@@ -241,7 +241,7 @@ class GeneratedGather {
         int64_t index = 0;
 
         for_each_panel(t, g, 0, rows, [&](int64_t, int64_t, int64_t, int64_t channel, int64_t count) {
-            pack(t, tile, g, q.source, channel, count, panel);
+            pack(t, tile, q, channel, count, panel);
             const int64_t end = program.panel[size_t(index) + 1];
             for (int64_t i = program.panel[size_t(index)]; i < end; ++i) {
                 const GatherChunk& chunk = program.chunks[size_t(i)];

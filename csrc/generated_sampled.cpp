@@ -251,7 +251,7 @@ class GeneratedSampled {
                 const int64_t begin = cut(index, row_part), end = cut(index, row_part + 1);
                 ++index;
                 if (begin == end) return;
-                pack(t, tile, g, q.source, channel, count, panel);
+                pack(t, tile, q, channel, count, panel);
                 for (int64_t i = begin; i < end; ++i)
                     for (int64_t r = 0; r < tile.rows; ++r)
                         sum_row(program->blocks[size_t(i)], tile, run, r, panel + r * t.row_stride, stage, to);

@@ -4,7 +4,9 @@
 #include <memory>
 #include <new>
 
+#include "activation.h"
 #include "api.h"
+#include "each_vector.h"
 #include "simd.h"
 #include "tiling.h"
 #include "transpose.h"
@@ -58,6 +60,24 @@ struct Tile {  // one tile's place: first sample, position row and column, and i
 // `floats` are fetched by hand.
 inline int64_t rows_ahead(int64_t floats) { return std::clamp<int64_t>(2048 / std::max<int64_t>(floats, 1), 1, 8); }
 
+// What becomes of a channel's values as they are packed: nothing, or a norm and an activation.
+struct AsTheyAre {
+    vec one(vec v) const { return v; }
+    void run(const float* from, float* to, int64_t count) const {
+        std::memcpy(to, from, size_t(count) * sizeof(float));
+    }
+};
+template <class Act>
+struct Normalised {
+    vec mean, scale, offset;
+    Normalised(const SourceNorm& norm, int64_t channel)
+        : mean(splat(norm.mean[channel])), scale(splat(norm.scale[channel])), offset(splat(norm.offset[channel])) {}
+    vec one(vec v) const { return Act::value((v - mean) * scale + offset); }
+    void run(const float* from, float* to, int64_t count) const {
+        each_vector(count, [&](int64_t i, int n) { store(to + i, one(load(from + i, n)), n); });
+    }
+};
+
 // One row of positions of one column phase, packed from every channel alike.
 class RowCopy {
   public:
@@ -75,18 +95,19 @@ class RowCopy {
     }
 
     // `row`: of a channel, at the tile's first sample.
-    void copy(const float* row, float* to) const {
+    template <class Change>
+    void copy(const float* row, float* to, const Change& change) const {
         clear(to, low * padded);
         const float* from = row + first;
         float* at = to + low * padded;
         if (joined) {
-            std::memcpy(at, from, size_t(run) * sizeof(float));
+            change.run(from, at, run);
         } else if (lanes == padded && lanes % kLanes == 0) {  // too short for calls
             for (int64_t i = low; i < high; ++i, from += step, at += padded)
-                for (int64_t lane = 0; lane < lanes; lane += kLanes) store(at + lane, load(from + lane));
+                for (int64_t lane = 0; lane < lanes; lane += kLanes) store(at + lane, change.one(load(from + lane)));
         } else {
             for (int64_t i = low; i < high; ++i, from += step, at += padded) {
-                std::memcpy(at, from, size_t(lanes) * sizeof(float));
+                change.run(from, at, lanes);
                 clear(at + lanes, padded - lanes);
             }
         }
@@ -109,9 +130,12 @@ class RowCopy {
     static void clear(float* to, int64_t floats) { std::memset(to, 0, size_t(floats) * sizeof(float)); }
 };
 
-// Packs channels [channel, channel + count) of the source into the panel.
-inline void pack_panel(const Tiling& t, const Tile& tile, const Geometry& g, const View& s, int64_t channel,
-                       int64_t count, float* panel) {
+// Packs channels [channel, channel + count) of the source into the panel; change_of(channel) says what they become.
+template <class ChangeOf>
+void pack_changed(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel,
+                  ChangeOf change_of) {
+    const Geometry& g = q.geometry;
+    const View& s = q.source;
     for (int64_t py = 0; py < t.y.phase_count(); ++py) {
         for (int64_t r = 0; r < tile.rows + t.y.reach; ++r) {
             const int64_t y = t.y.source(tile.y, py, r);
@@ -128,7 +152,7 @@ inline void pack_panel(const Tiling& t, const Tile& tile, const Geometry& g, con
                     const int64_t ahead = row.ahead();
                     for (int64_t c = 0; c < count; ++c) {
                         if (c + ahead < count) row.fetch(from + (c + ahead) * s.c);
-                        row.copy(from + c * s.c, to + c * t.channel_stride);
+                        row.copy(from + c * s.c, to + c * t.channel_stride, change_of(channel + c));
                     }
                 } else {
                     for (int64_t i = 0; i < entries; ++i) {
@@ -150,6 +174,15 @@ inline void pack_panel(const Tiling& t, const Tile& tile, const Geometry& g, con
             }
         }
     }
+}
+
+inline void pack_panel(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count,
+                       float* panel) {
+    if (q.norm == nullptr) return pack_changed(t, tile, q, channel, count, panel, [](int64_t) { return AsTheyAre(); });
+    with_activation(q.norm->activation, [&](auto act) {
+        pack_changed(t, tile, q, channel, count, panel,
+                     [&](int64_t c) { return Normalised<decltype(act)>(*q.norm, c); });
+    });
 }
 
 // Calls body(row0, row1, block, channel, count) for every panel that rows [first, last) need: which of them read

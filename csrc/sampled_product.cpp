@@ -136,7 +136,7 @@ class SampledProduct {
         float* stage = direct ? nullptr : stage_scratch.floats(size_t(stage_rows * tile.rows * padded));
         for_each_panel(t, g, first, last,
                        [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
-                           pack_panel(t, tile, g, q.source, channel, count, panel);
+                           pack_panel(t, tile, q, channel, count, panel);
                            for (int64_t row = row0; row < row1; row += stage_rows) {
                                const int64_t end = std::min(row + stage_rows, row1);
                                if (!direct) stage_grad(tile, row, end, padded, stage);

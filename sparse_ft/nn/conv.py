@@ -2,9 +2,10 @@
 
 from torch import Tensor, nn
 
+from sparse_ft.nn.deferred import take_unfinished
 from sparse_ft.nn.module import SparseModule
 from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
-from sparse_ft.ops.gradients import conv2d, to_layout
+from sparse_ft.ops.gradients import conv2d, norm_conv2d, to_layout
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -74,12 +75,19 @@ class SparseConv2d(SparseModule):
         self._before_forward(x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        if not is_batch_last(x):
-            x = to_layout(x, BATCH_LAST)
-        return conv2d(
-            x, self.weight, self.bias, self.pattern.tensors, self.pattern.weight_shape, self.stride, self._padding,
+        weights = (
+            self.weight, self.bias, self.pattern.tensors, self.pattern.weight_shape, self.stride, self._padding,
             self.dilation, self.groups,
         )  # fmt: skip
+        # A depthwise convolution reads a value for little more than the memory's time: it has none for a norm.
+        norm = take_unfinished(x) if self.pattern.weight_shape[1] > 1 else None
+        if norm is not None:
+            return norm_conv2d(
+                norm.x, norm.weight, norm.bias, norm.mean, norm.rstd(), norm.activation, norm.training, *weights
+            )
+        if not is_batch_last(x):
+            x = to_layout(x, BATCH_LAST)
+        return conv2d(x, *weights)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -2,7 +2,9 @@
 
 What follows a norm (a residual is added, an activation applied) belongs to the same pass over memory, but the norm's
 module cannot know it: the model's own code does it, in its own words. So the norm gives a tensor that is not computed
-yet. Adding to it or activating it computes all in one pass; whatever else looks at it gets the plain result.
+yet. What adds to it or activates it joins the same pass; whatever else looks at it gets the plain result. A sparse
+convolution takes an activated norm unfinished: it normalises what it reads, forward and for its weight gradient, so
+that the activation is neither written nor kept.
 """
 
 from collections.abc import Callable
@@ -30,6 +32,28 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+class Patience:
+    """Whether a norm leaves its activation unfinished: if one convolution takes it so, and nobody else wants it.
+
+    Learned from what becomes of its outputs: a convolution that is given a finished one asks, and once an unfinished
+    one was wanted by others, the answer is no for good.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._refused = False
+
+    def lasts(self) -> bool:
+        # Who keeps what is saved for backward by other means (a checkpoint) counts on the same steps in a repetition.
+        saved_plainly = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        return self._asked and not self._refused and saved_plainly
+
+    def ask(self) -> None:
+        self._asked = True
+
+    def refuse(self) -> None:
+        self._refused = True
+
+
 @dataclass
 class PendingNorm:
     """A norm's operands. The statistics are measured; `residual` is to be added."""
@@ -41,10 +65,13 @@ class PendingNorm:
     variance: Tensor
     eps: float
     training: bool  # the statistics are those of x
+    patience: Patience  # of the norm's module
+    activation: Activation = Activation.IDENTITY
     residual: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.grad_enabled = torch.is_grad_enabled()
+        self.taken = False  # by a convolution
         if not self.training:  # running statistics, which go on
             self.mean, self.variance = self.mean.clone(), self.variance.clone()
         if not self.grad_enabled:  # a constant, also if it is computed where gradients are recorded
@@ -56,19 +83,35 @@ class PendingNorm:
     def _read_versions(self) -> list[int | None]:
         return [_version(t) for t in (self.x, self.weight, self.bias, self.residual) if t is not None]
 
-    def compute(self, activation: Activation = Activation.IDENTITY) -> Tensor:
-        """The norm with what follows it, differentiable."""
+    def rstd(self) -> Tensor:
+        return torch.rsqrt(self.variance + self.eps)
+
+    def check(self) -> None:
+        """Raises where an operand is no longer what it was."""
         if self._read_versions() != self._versions:
             raise RuntimeError(
                 "a batch norm's input, parameters or the tensor added to its output were modified in place before "
                 "the result was used; copy (.clone()) what is modified, or use the dense model (sparse_ft.to_dense)"
             )
+
+    def compute(self) -> Tensor:
+        """The norm with what follows it, differentiable."""
+        self.check()
         return batch_norm(
-            self.x, self.weight, self.bias, self.mean, self.variance, self.eps, self.residual, activation,
+            self.x, self.weight, self.bias, self.mean, self.variance, self.eps, self.residual, self.activation,
             self.training,
         )[0]  # fmt: skip
 
+    def could_wait(self) -> bool:
+        """Whether the activated output can be left unfinished, too."""
+        return self.residual is None and self.activation.cheap
+
+    def may_wait(self) -> bool:
+        """Whether it is to be."""
+        return self.could_wait() and self.patience.lasts()
+
     def defer(self) -> "DeferredNorm":
+        assert self.residual is None or self.activation is Activation.IDENTITY
         deferred = _Defer.apply(self.x, self.weight, self.bias, self.residual, self)
         deferred._node = _own(_GRAD_FN, deferred)
         return deferred
@@ -79,18 +122,18 @@ class _Defer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, pending):
-        ctx.save_for_backward(x, weight, pending.mean, pending.variance)
-        ctx.eps, ctx.training = pending.eps, pending.training
+        ctx.save_for_backward(x, weight, bias, pending.mean, pending.variance)
+        ctx.eps, ctx.activation, ctx.training = pending.eps, pending.activation, pending.training
         return DeferredNorm(pending)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, mean, variance = ctx.saved_tensors
+        x, weight, bias, mean, variance = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if not any(needs[:3]):
             return None, None, None, grad, None
         grads = batch_norm_backward(
-            grad, x, weight, None, mean, torch.rsqrt(variance + ctx.eps), None, None, Activation.IDENTITY, ctx.training
+            grad, x, weight, bias, mean, torch.rsqrt(variance + ctx.eps), None, None, ctx.activation, ctx.training
         )
         grads = [grad if wanted else None for grad, wanted in zip(grads[:3], needs, strict=False)]
         return *grads, grad if needs[3] else None, None
@@ -201,8 +244,11 @@ def _has_another_history(deferred: DeferredNorm) -> bool:
 
 def _compute(deferred: DeferredNorm) -> Tensor:
     if deferred._value is None:
+        pending = deferred._pending
+        if pending.activation:
+            pending.patience.refuse()
         with torch.no_grad():
-            deferred._value = deferred._pending.compute()
+            deferred._value = pending.compute()
     return deferred._value
 
 
@@ -265,18 +311,51 @@ def _pending_of(tensor: Any) -> PendingNorm | None:
 
 def _activate(deferred: DeferredNorm, activation: Activation, in_place: bool) -> Tensor | None:
     pending = _pending_of(deferred)
-    if pending is None:
+    if pending is None or pending.activation:
         return None
-    activated = pending.compute(activation)
-    if in_place:
-        _become(deferred, activated)
-    return activated
+    pending.check()
+    activated = replace(pending, activation=activation)
+    if not activated.may_wait():
+        result = activated.compute()
+        if activated.could_wait():
+            result._patience = activated.patience  # type: ignore[attr-defined]
+        if in_place:
+            _become(deferred, result)
+        return result
+    waiting = activated.defer()
+    if not in_place:
+        return waiting
+    if _own(_REQUIRES_GRAD, waiting):
+        _Become.apply(deferred, waiting)
+    deferred._pending, deferred._node, deferred._value = activated, _own(_GRAD_FN, deferred), None
+    return deferred
+
+
+def take_unfinished(x: Tensor) -> PendingNorm | None:
+    """The activated norm that `x` stands for, for one who computes it on the way; None where `x` is a tensor.
+
+    The first to ask gets it. Whoever comes later finds a tensor.
+    """
+    if type(x) is Tensor:
+        patience = getattr(x, "_patience", None)
+        if patience is not None:
+            patience.ask()
+        return None
+    pending = _pending_of(x)
+    if pending is None or not pending.activation:
+        return None
+    if pending.taken or not pending.patience.lasts():
+        pending.patience.refuse()
+        return None
+    pending.check()
+    pending.taken = True
+    return pending
 
 
 def _add(a: Any, b: Any, in_place: bool) -> Tensor | None:
     for deferred, residual in ((a, b),) if in_place else ((a, b), (b, a)):
         pending = _pending_of(deferred)
-        if pending is None or pending.residual is not None or deferred is residual:
+        if pending is None or pending.residual is not None or pending.activation or deferred is residual:
             continue
         if isinstance(residual, DeferredNorm):
             residual = _result(residual)
@@ -285,6 +364,7 @@ def _add(a: Any, b: Any, in_place: bool) -> Tensor | None:
             x.shape, x.dtype, x.device
         ):  # fmt: skip
             return None
+        pending.check()
         added = replace(pending, residual=residual)
         if not in_place:
             return added.defer()

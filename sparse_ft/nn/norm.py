@@ -5,10 +5,12 @@ their own. Where the activation is part of the module (timm's BatchNormAct2d) it
 model's code applies it, the output is deferred until then (see deferred.py).
 """
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn.deferred import PendingNorm
+from sparse_ft.nn.deferred import Patience, PendingNorm
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import Activation, is_batch_last, native_reason
 from sparse_ft.ops.gradients import batch_norm, batch_norm_statistics
@@ -29,22 +31,30 @@ def _can_wait(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
+_patience: WeakKeyDictionary[nn.Module, Patience] = WeakKeyDictionary()  # of every norm that was used
+
+
 def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -> Tensor:
     """The norm's output, activated; `None` for an activation that may follow."""
     training = norm.training or norm.running_mean is None
     mean, variance = (None, None) if training else (norm.running_mean, norm.running_var)
-    if activation is None and _can_wait(x):
+    patience = _patience.setdefault(norm, Patience()) if _can_wait(x) else None
+    if patience is not None and (activation is None or (activation.cheap and patience.lasts())):
         if training:
             with torch.no_grad():
                 mean, variance = batch_norm_statistics(x)
             # Before anything is saved for backward, where checkpointing may break off its second forward.
             _update_statistics(norm, x, mean, variance)
         assert mean is not None and variance is not None
-        return PendingNorm(x, norm.weight, norm.bias, mean, variance, norm.eps, training).defer()
+        return PendingNorm(
+            x, norm.weight, norm.bias, mean, variance, norm.eps, training, patience, activation or Activation.IDENTITY
+        ).defer()  # fmt: skip
     y, mean, _, variance = batch_norm(
         x, norm.weight, norm.bias, mean, variance, norm.eps, None, activation or Activation.IDENTITY, training
     )
     _update_statistics(norm, x, mean, variance)
+    if patience is not None and activation is not None and activation.cheap:
+        y._patience = patience  # type: ignore[attr-defined]
     return y
 
 

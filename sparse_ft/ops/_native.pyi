@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import overload
 
 _Sizes = Sequence[int]
+_Norm = tuple[int, int, int, int, int]  # addresses of mean, rstd, weight and bias; the activation
 
 class Convolution:
     def __init__(self, weight: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int) -> None: ...
@@ -14,6 +15,7 @@ class Programs:
 def forward(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int, y_stride: _Sizes,
     row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs | None, threads: int,
+    norm: _Norm | None,
 ) -> None: ...  # fmt: skip
 def input_grad(
     conv: Convolution, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,
@@ -23,7 +25,7 @@ def input_grad(
 def weight_grad(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int, grad_stride: _Sizes,
     row_ptr: int, col: int, value_grad: int, nnz: int, programs: Programs | None,
-    threads: int,
+    threads: int, norm: _Norm | None,
 ) -> None: ...  # fmt: skip
 def count_nonzero(weight: int, numel: int, threads: int) -> int: ...
 def count_true(mask: int, numel: int, threads: int) -> int: ...

@@ -20,6 +20,11 @@ class Activation(enum.IntEnum):
     GELU_TANH = 6
 
     @property
+    def cheap(self) -> bool:
+        """Whether computing it again costs less than keeping it in memory."""
+        return self <= Activation.RELU6 or self == Activation.HARDSWISH
+
+    @property
     def slope_from_output(self) -> bool:
         """Whether the output alone tells the slope, so that nothing else need be kept for it."""
         return self <= Activation.RELU6

@@ -69,6 +69,43 @@ class _Conv2d(_Weighted):
         return grad_x, grad_values, grad_bias, None, *[None] * len(ctx.geometry)
 
 
+class _NormConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, *geometry
+    ):  # fmt: skip
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, values, *pattern)
+        ctx.activation, ctx.training, ctx.geometry = activation, training, geometry
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _norm_conv2d(
+            x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, *geometry
+        )
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, norm_weight, norm_bias, mean, rstd, values, *pattern = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * 9
+        if not is_batch_last(grad):
+            grad = to_layout(grad, BATCH_LAST)
+        if needs[7]:
+            value_grad = norm_conv2d_weight_grad(
+                grad, x, norm_weight, norm_bias, mean, rstd, ctx.activation, pattern, *ctx.geometry
+            )
+            grads[7] = _like(value_grad, values)
+        if needs[8]:
+            grads[8] = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
+        if any(needs[:3]):
+            grad = conv2d_input_grad(grad, values, pattern, *ctx.geometry, list(x.shape))
+            of_norm = batch_norm_backward(
+                grad, x, norm_weight, norm_bias, mean, rstd, None, None, ctx.activation, ctx.training
+            )
+            for i, tensor in enumerate((x, norm_weight, norm_bias)):
+                if needs[i]:
+                    grads[i] = of_norm[i].to(tensor.dtype)
+        return *grads, None, *[None] * len(ctx.geometry)
+
+
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mean, variance, eps, residual, activation, training):
@@ -180,17 +217,21 @@ def _once(name):
 _DIFFERENTIABLE = {
     "linear": _Linear.apply,
     "conv2d": _Conv2d.apply,
+    "norm_conv2d": _NormConv2d.apply,
     "batch_norm": _batch_norm_differentiable,
     "max_pool2d": _MaxPool2d.apply,
     "avg_pool2d": _AvgPool2d.apply,
     "to_layout": _ToLayout.apply,
 }
-_linear, _conv2d, _batch_norm, _max_pool2d, _avg_pool2d, _to_layout = map(below_autograd, _DIFFERENTIABLE)
-linear, conv2d, batch_norm, max_pool2d, avg_pool2d, to_layout = (
+_linear, _conv2d, _norm_conv2d, _batch_norm, _max_pool2d, _avg_pool2d, _to_layout = map(
+    below_autograd, _DIFFERENTIABLE
+)
+linear, conv2d, norm_conv2d, batch_norm, max_pool2d, avg_pool2d, to_layout = (
     caller(name, function) for name, function in _DIFFERENTIABLE.items()
 )
 linear_input_grad, linear_weight_grad = caller("linear_input_grad"), caller("linear_weight_grad")
 conv2d_input_grad, conv2d_weight_grad = caller("conv2d_input_grad"), caller("conv2d_weight_grad")
+norm_conv2d_weight_grad = caller("norm_conv2d_weight_grad")
 batch_norm_statistics, batch_norm_backward = caller("batch_norm_statistics"), caller("batch_norm_backward")
 max_pool2d_backward, avg_pool2d_backward = caller("max_pool2d_backward"), caller("avg_pool2d_backward")
 

@@ -184,13 +184,22 @@ def as_batch_last(x: Tensor) -> Tensor:
     return x if is_batch_last(x) else to_layout(x, BATCH_LAST)
 
 
-def conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, out: Tensor) -> Tensor:
+def _norm_arguments(norm) -> tuple[int, int, int, int, int] | None:
+    """Of (mean, rstd, weight, bias, activation), contiguous tensors."""
+    return None if norm is None else (*map(_pointer, norm[:4]), norm[4])
+
+
+def conv2d(
+    x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, out: Tensor, norm=None
+) -> Tensor:
+    """`norm`: (mean, rstd, weight, bias, activation) that x goes through on its way in."""
     x, flat = as_batch_last(x), _is_flat(weight_shape, stride, padding)
     source, dest = _Activations(x.shape, flat), _Activations(out.shape, flat)
     _native.forward(
         convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
         dest.positions, out.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(),
         _pointer(bias), values.numel(), programs(pattern), _conv_threads(values.numel(), x, out),
+        _norm_arguments(norm),
     )  # fmt: skip
     return out
 
@@ -210,7 +219,7 @@ def conv2d_input_grad(
 
 
 def conv2d_weight_grad(
-    grad, x, pattern, weight_shape, stride, padding, dilation, groups, value_grad: Tensor
+    grad, x, pattern, weight_shape, stride, padding, dilation, groups, value_grad: Tensor, norm=None
 ) -> Tensor:
     grad, x, flat = as_batch_last(grad), as_batch_last(x), _is_flat(weight_shape, stride, padding)
     source, dest = _Activations(x.shape, flat), _Activations(grad.shape, flat)
@@ -218,6 +227,7 @@ def conv2d_weight_grad(
         convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
         dest.positions, grad.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(),
         value_grad.data_ptr(), value_grad.numel(), programs(pattern), _conv_threads(value_grad.numel(), x, grad),
+        _norm_arguments(norm),
     )  # fmt: skip
     return value_grad
 
@@ -237,7 +247,7 @@ def linear(x, values, bias, pattern, in_features, out_features, out: Tensor) -> 
     _native.forward(
         conv, size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0), pattern[0].data_ptr(),
         pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(), programs(pattern),
-        _linear_threads(values.numel(), x, out, in_features),
+        _linear_threads(values.numel(), x, out, in_features), None,
     )  # fmt: skip
     return out
 
@@ -261,7 +271,7 @@ def linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad: 
     _native.weight_grad(
         conv, size, x.data_ptr(), strides, (1, 1), grad.data_ptr(), grad_strides, pattern[0].data_ptr(),
         pattern[1].data_ptr(), value_grad.data_ptr(), value_grad.numel(), programs(pattern),
-        _linear_threads(value_grad.numel(), x, grad, in_features),
+        _linear_threads(value_grad.numel(), x, grad, in_features), None,
     )  # fmt: skip
     return value_grad
 

@@ -82,6 +82,10 @@ def _before_activation(x, weight, bias, mean, rstd, residual) -> Tensor:
     return y if residual is None else y + residual
 
 
+def normalise(x, weight, bias, mean, rstd, activation) -> Tensor:
+    return activate(_before_activation(x, weight, bias, mean, rstd, None), activation).to(x.dtype)
+
+
 def batch_norm(x, weight, bias, mean, variance, eps, residual, activation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if mean is None:
         mean, variance = batch_norm_statistics(x)

@@ -5,6 +5,7 @@
 
     linear            (..., in), values, bias -> (..., out)
     conv2d            (N, C, H, W), values, bias -> (N, O, OH, OW)
+    norm_conv2d       conv2d of activation(norm(x)), which is computed on its way in and never stored
     batch_norm        (N, C, H, W) -> y = activation(norm(x) + residual), mean, 1/std, biased variance; measures the
                       statistics unless `mean` and `variance` are given; `training` says that they are x's own
     batch_norm_statistics   (N, C, H, W) -> mean, biased variance
@@ -39,6 +40,7 @@ from sparse_ft.ops.native import native_reason
 
 _library = torch.library.Library("sparse_ft", "DEF")
 _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
+_NORM = "Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd, int activation"
 _MAXIMUM = "int[] rows, int[] columns, int[] kernel, int[] dilation"
 _AVERAGE = "int[] rows, int[] row_ends, float[] row_scale, int[] columns, int[] column_ends, float[] column_scale"
 _LINEAR = "int in_features, int out_features"
@@ -50,6 +52,8 @@ for _schema in (
     f"conv2d(Tensor x, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}) -> Tensor",
     f"conv2d_input_grad(Tensor grad, Tensor values, Tensor[] pattern, {_CONV}, SymInt[] input_shape) -> Tensor",
     f"conv2d_weight_grad(Tensor grad, Tensor x, Tensor[] pattern, {_CONV}) -> Tensor",
+    f"norm_conv2d(Tensor x, {_NORM}, bool training, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}) -> Tensor",
+    f"norm_conv2d_weight_grad(Tensor grad, Tensor x, {_NORM}, Tensor[] pattern, {_CONV}) -> Tensor",
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps,"
     " Tensor? residual=None, int activation=0, bool training=False) -> (Tensor, Tensor, Tensor, Tensor)",
     "batch_norm_statistics(Tensor x) -> (Tensor, Tensor)",
@@ -170,6 +174,47 @@ def _conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilatio
     value_grad = grad.new_zeros(_nnz(pattern))
     if grad.numel() and x.numel():
         native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad)
+    return value_grad
+
+
+def _check_norm(x, weight, bias, mean, rstd, activation) -> None:
+    check_activation(activation)
+    for name, tensor in (("the norm's weight", weight), ("its bias", bias), ("mean", mean), ("rstd", rstd)):
+        check_channels(name, tensor, x.shape[1])
+
+
+def _norm_conv2d(
+    x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride, padding,
+    dilation, groups,
+):  # fmt: skip
+    conv = (weight_shape, stride, padding, dilation, groups)
+    shape = conv2d_output_shape(x.shape, *conv)
+    _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
+    _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
+    if native_reason(x, norm_weight, norm_bias, mean, rstd, values, bias):
+        normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
+        return _batch_last(reference.conv2d(normalised, values, bias, pattern, *conv))
+    out = empty(shape, BATCH_LAST, x)
+    if out.numel():
+        norm = (*map(_contiguous, (mean, rstd, norm_weight, norm_bias)), activation)
+        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out, norm)
+    return out
+
+
+def _norm_conv2d_weight_grad(
+    grad, x, norm_weight, norm_bias, mean, rstd, activation, pattern, weight_shape, stride, padding, dilation, groups
+):
+    conv = (weight_shape, stride, padding, dilation, groups)
+    check_same_shape("the gradient", grad, conv2d_output_shape(x.shape, *conv))
+    _check_conv2d(pattern, None, None, weight_shape, stride, groups)
+    _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
+    if native_reason(grad, x, norm_weight, norm_bias, mean, rstd):
+        normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
+        return reference.conv2d_weight_grad(grad, normalised, pattern, *conv)
+    value_grad = grad.new_zeros(_nnz(pattern))
+    if grad.numel() and x.numel():
+        norm = (*map(_contiguous, (mean, rstd, norm_weight, norm_bias)), activation)
+        native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad, norm)
     return value_grad
 
 
@@ -299,6 +344,8 @@ _IMPLEMENTATIONS: dict[str, Callable] = {
     "conv2d": _conv2d,
     "conv2d_input_grad": _conv2d_input_grad,
     "conv2d_weight_grad": _conv2d_weight_grad,
+    "norm_conv2d": _norm_conv2d,
+    "norm_conv2d_weight_grad": _norm_conv2d_weight_grad,
     "batch_norm": _batch_norm,
     "batch_norm_statistics": _batch_norm_statistics,
     "batch_norm_backward": _batch_norm_backward,
@@ -343,6 +390,21 @@ def _(grad, values, pattern, weight_shape, stride, padding, dilation, groups, in
 
 @torch.library.register_fake("sparse_ft::conv2d_weight_grad")
 def _(grad, x, pattern, weight_shape, stride, padding, dilation, groups):
+    return grad.new_empty(_nnz(pattern))
+
+
+@torch.library.register_fake("sparse_ft::norm_conv2d")
+def _(
+    x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride, padding,
+    dilation, groups,
+):  # fmt: skip
+    return empty(conv2d_output_shape(x.shape, weight_shape, stride, padding, dilation, groups), BATCH_LAST, x)
+
+
+@torch.library.register_fake("sparse_ft::norm_conv2d_weight_grad")
+def _(
+    grad, x, norm_weight, norm_bias, mean, rstd, activation, pattern, weight_shape, stride, padding, dilation, groups
+):
     return grad.new_empty(_nnz(pattern))
 
 

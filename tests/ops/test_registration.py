@@ -10,7 +10,7 @@ GEOMETRY = ((2, 1), (1, 0, 1, 2), (1, 1), 2)
 SHAPE = (4, 3, 3, 3)
 MAXIMUM = ([-1, 1, 3], [0, 2], (2, 3), (2, 1))
 AVERAGE = ([0, 2], [4, 6], [0.25, 0.25], [0, 1, 4], [1, 4, 5], [1.0, 0.5, 1.0])
-DIFFERENTIABLE = ("linear", "conv2d", "batch_norm", "max_pool2d", "avg_pool2d", "to_layout")
+DIFFERENTIABLE = ("linear", "conv2d", "norm_conv2d", "batch_norm", "max_pool2d", "avg_pool2d", "to_layout")
 
 
 def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
@@ -38,6 +38,16 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
         "conv2d": [(leaf(*image), values, bias, *conv) for bias in (leaf(4), None)],
         "conv2d_input_grad": [(leaf(*grad), values, *conv, list(image))],
         "conv2d_weight_grad": [(leaf(*grad), leaf(*image), *conv)],
+        "norm_conv2d": [
+            (leaf(*image), leaf(6), leaf(6), mean, variance, activation, False, values, bias, *conv)
+            for activation in Activation
+            for bias in (leaf(4), None)
+        ]
+        + [(leaf(*image), None, None, mean, variance, 1, False, values, None, *conv)],
+        "norm_conv2d_weight_grad": [
+            (leaf(*grad), leaf(*image), leaf(6), leaf(6), mean, variance, activation, *conv)
+            for activation in (0, 1, 3)
+        ],
         "batch_norm": [
             (leaf(*image), leaf(6), leaf(6), None, None, 1e-5),
             (leaf(*image), None, None, None, None, 1e-5),
@@ -67,7 +77,7 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
 
 NAMES = [
     "linear", "linear_input_grad", "linear_weight_grad", "conv2d", "conv2d_input_grad", "conv2d_weight_grad",
-    "batch_norm", "batch_norm_statistics", "batch_norm_backward",
+    "norm_conv2d", "norm_conv2d_weight_grad", "batch_norm", "batch_norm_statistics", "batch_norm_backward",
     "max_pool2d", "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
 ]  # fmt: skip
 
