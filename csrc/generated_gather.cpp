@@ -230,9 +230,9 @@ class GeneratedGather {
         const Run run(t, tile);
         const View& d = q.dest;
 
+        const bool follow = tile.cols == 1 || (d.x * g.dest_step_x == t.lanes && tile.lanes == t.lanes);
         // A chunk's rows are staged and then written one after another: 28 interleaved streams of stores to as
         // many pages take twice the time. Sums of a reduction in blocks wait there for the next block.
-        const bool follow = tile.cols == 1 || (d.x * g.dest_step_x == t.lanes && tile.lanes == t.lanes);
         const int64_t stage_rows = t.blocks > 1 ? rows : kBandRows;
         const int64_t stage_row = d.n == 1 ? (tile.rows * run.vectors + 1) * kLanes : kLanes;
         const int64_t stage_vector = d.n == 1 ? kLanes : stage_rows * kLanes;
@@ -302,19 +302,9 @@ class GeneratedGather {
         for (; row < end; ++row, from += row_step)
             for (int64_t r = 0; r < slice.rows; ++r)
                 for (int64_t c = 0; c < pieces; ++c)
-                    write(d.data + row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
-                              p.dest_x * d.x + (tile.x + c) * column + tile.n + first,
-                          from + r * slice.vectors * kLanes + c * t.lanes, length);
-    }
-
-    // Large results bypass the caches, which saves reading the lines that they replace.
-    void write(float* to, const float* from, int64_t count) const {
-        if (count % kLanes != 0 || (bypass && reinterpret_cast<uintptr_t>(to) % 64 != 0))
-            std::memcpy(to, from, size_t(count) * sizeof(float));
-        else if (bypass)
-            for (int64_t i = 0; i < count; i += kLanes) store_around(to + i, load(from + i));
-        else
-            for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+                    write_run(d.data + row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
+                                  p.dest_x * d.x + (tile.x + c) * column + tile.n + first,
+                              from + r * slice.vectors * kLanes + c * t.lanes, length, bypass);
     }
 
     void scatter_band(const Tile& tile, const Run& run, int64_t row, int64_t end, const float* from,

@@ -74,7 +74,7 @@ class Transposition {
                       c);
         if (write_staged)
             each_run(c, count, r, q.to_inner, [&](int64_t j, int64_t b, int64_t length) {
-                write(to + j * q.to_col + b * q.to_inner, written + j * written_col + b * r, length);
+                write_run(to + j * q.to_col + b * q.to_inner, written + j * written_col + b * r, length, true);
             });
     }
 
@@ -84,13 +84,6 @@ class Transposition {
         const int64_t pieces = inner == length ? 1 : count, run = inner == length ? count * length : length;
         for (int64_t i = 0; i < lines; ++i)
             for (int64_t b = 0; b < pieces; ++b) body(i, b, run);
-    }
-
-    void write(float* to, const float* from, int64_t count) const {
-        if (count % kLanes != 0 || reinterpret_cast<uintptr_t>(to) % (4 * kLanes) != 0)
-            std::memcpy(to, from, size_t(count) * sizeof(float));
-        else
-            for (int64_t i = 0; i < count; i += kLanes) store_around(to + i, load(from + i));
     }
 };
 

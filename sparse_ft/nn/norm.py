@@ -2,7 +2,8 @@
 
 torch's own batch norm copies a batch-last activation twice, and adding a residual and an activation are passes of
 their own. Where the activation is part of the module (timm's BatchNormAct2d) it is computed at once; where the
-model's code applies it, the output is deferred until then (see deferred.py).
+model's code applies it, the output is deferred until then, and where a sparse convolution reads it, until that does
+(see deferred.py).
 """
 
 from weakref import WeakKeyDictionary

@@ -1,6 +1,6 @@
 """Operators: their schemas with shape rules and gradients, and the two backends that compute them."""
 
-from sparse_ft.ops import schema as _schema  # noqa: F401  registers torch.ops.sparse_ft
+from sparse_ft.ops import gradients as _gradients  # noqa: F401  registers torch.ops.sparse_ft
 from sparse_ft.ops.activations import Activation
 from sparse_ft.ops.layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, batch_last_strides, is_batch_last, layout_of
 from sparse_ft.ops.native import activate_isa, active_isa, available_isas, native_reason

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_ft.ops.activations import Activation
 from sparse_ft.ops.calls import below_autograd, caller
 from sparse_ft.ops.layout import BATCH_LAST, is_batch_last, layout_of
+from sparse_ft.ops.schema import IMPLEMENTATIONS, library
 
 
 def _like(gradient: Tensor, values: Tensor) -> Tensor:
@@ -235,10 +236,8 @@ norm_conv2d_weight_grad = caller("norm_conv2d_weight_grad")
 batch_norm_statistics, batch_norm_backward = caller("batch_norm_statistics"), caller("batch_norm_backward")
 max_pool2d_backward, avg_pool2d_backward = caller("max_pool2d_backward"), caller("avg_pool2d_backward")
 
-
-def register(library: torch.library.Library, gradient_operators: list[str]) -> None:
-    """Give every operator its Autograd kernel."""
-    for name, function in _DIFFERENTIABLE.items():
-        library.impl(name, function, "Autograd")
-    for name in gradient_operators:
-        library.impl(name, _once(name), "Autograd")
+for _name, _function in _DIFFERENTIABLE.items():
+    library.impl(_name, _function, "Autograd")
+for _name in IMPLEMENTATIONS:
+    if _name.endswith(("_grad", "_backward", "_statistics")):
+        library.impl(_name, _once(_name), "Autograd")

@@ -1,4 +1,4 @@
-"""Every operator of sparse_ft: schema, shape rule, and which backend computes it (gradients.py has the gradients).
+"""Every operator of sparse_ft: schema, shape rule, and which backend computes it; gradients.py adds the gradients.
 
 `pattern` is `SparsePattern.tensors`; `values` is the weight's nonzeros, (nnz,) or (nnz, 1); `padding` is
 (top, left, bottom, right). Convolutions and norms give batch-last tensors (see layout.py) on every device.
@@ -38,7 +38,7 @@ from sparse_ft.ops.checks import (
 from sparse_ft.ops.layout import BATCH_LAST, empty, is_batch_last
 from sparse_ft.ops.native import native_reason
 
-_library = torch.library.Library("sparse_ft", "DEF")
+library = torch.library.Library("sparse_ft", "DEF")
 _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd, int activation"
 _MAXIMUM = "int[] rows, int[] columns, int[] kernel, int[] dilation"
@@ -65,7 +65,7 @@ for _schema in (
     f"avg_pool2d_backward(Tensor grad, {_AVERAGE}, SymInt[] input_shape) -> Tensor",
     "to_layout(Tensor x, int layout) -> Tensor",
 ):
-    _library.define(_schema)
+    library.define(_schema)
 
 
 def _nnz(pattern: list[Tensor]) -> int:
@@ -337,7 +337,7 @@ def _to_layout(x, layout):
     return native.to_layout(x, layout)
 
 
-_IMPLEMENTATIONS: dict[str, Callable] = {
+IMPLEMENTATIONS: dict[str, Callable] = {
     "linear": _linear,
     "linear_input_grad": _linear_input_grad,
     "linear_weight_grad": _linear_weight_grad,
@@ -355,9 +355,9 @@ _IMPLEMENTATIONS: dict[str, Callable] = {
     "avg_pool2d_backward": _avg_pool2d_backward,
     "to_layout": _to_layout,
 }
-for _name, _function in _IMPLEMENTATIONS.items():
+for _name, _function in IMPLEMENTATIONS.items():
     for _key in ("CPU", "CUDA", "MPS"):
-        _library.impl(_name, _function, _key)
+        library.impl(_name, _function, _key)
 
 
 # ---- shapes, for torch.compile and torch.export ----------------------------------------------------
@@ -463,10 +463,4 @@ def _(x, layout):
     return empty(x.shape, layout, x)
 
 
-calls.provide(_IMPLEMENTATIONS)
-
-from sparse_ft.ops import gradients  # noqa: E402  its functions are of operators that are defined
-
-gradients.register(
-    _library, [name for name in _IMPLEMENTATIONS if name.endswith(("_grad", "_backward", "_statistics"))]
-)
+calls.provide(IMPLEMENTATIONS)
