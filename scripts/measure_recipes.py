@@ -201,7 +201,8 @@ STUDIES = {
             "AC/DC": ("acdc.yaml", {**CIFAR, "phase": 1}),
             "RigL": ("rigl.yaml", CIFAR),
             "SWAT": ("swat.yaml", {"lr": 0.02, "sparsity": 0.9}),
-            "FBPS": ("fbps.yaml", {"lr": 0.02, "sparsity": 0.68}),  # of channels: about 0.9 of the weights
+            # Of channels: about 0.9 of the weights.
+            "FBPS": ("fbps.yaml", {"lr": 0.02, "sparsity": 0.68, "prune_until": 0.6}),
         },
     ),
     "mobilenet": Study(

@@ -30,7 +30,9 @@ def analyze_channels(model: nn.Module, inputs: Any) -> Channels:
             number, or it computes something else then.
     """
     model = unwrap(model)
-    with torch.no_grad(), preserved_random_state(), evaluating(model):
+    # Autocast computes with copies of the weights, which belong to no layer.
+    whole_precision = torch.autocast("cpu", enabled=False)
+    with torch.no_grad(), preserved_random_state(), evaluating(model), whole_precision:
         channels = trace_channels(model, inputs)
         if channels.count:
             _try_out(model, channels, inputs)
