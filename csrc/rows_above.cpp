@@ -35,8 +35,8 @@ inline int32_t count_row(const float* row, const int32_t* least, int64_t cols) {
 }
 
 // The `count` entries of a row. There is memory for `room`, of which those after `count` are other rows that follow.
-inline void fill_row(const float* row, const int32_t* least, [[maybe_unused]] int64_t cols, int32_t* col,
-                     float* values, int64_t count, [[maybe_unused]] int64_t room) {
+inline void fill_row(const float* row, const int32_t* least, int64_t cols, int32_t* col, float* values, int64_t count,
+                     [[maybe_unused]] int64_t room) {
     int64_t k = 0;
 #if defined(__AVX512F__)
     // Whole vectors are stored, of which the next overwrites what is too much.
@@ -57,7 +57,7 @@ inline void fill_row(const float* row, const int32_t* least, [[maybe_unused]] in
     }
     count = end - col;
 #endif
-    for (int64_t i = 0; i < count; ++k) {  // without a branch an entry, which would be mispredicted
+    for (int64_t i = 0; i < count && k < cols; ++k) {  // without a branch an entry, which would be mispredicted
         col[i] = int32_t(k);
         values[i] = row[k];
         i += bits_of_magnitude(row[k]) >= least[k];

@@ -220,6 +220,20 @@ def test_a_sparse_start_does_not_let_in_every_weight(between, structure):
     train(model, optimizer, session, 12, each=note)
 
 
+@pytest.mark.parametrize("scope", ["uniform", "momentum"])
+def test_of_equal_weights_no_more_are_chosen_than_the_budget(scope):
+    model, optimizer, session = make(recipe(f"{FIELDS}, update_period: 2, policy: always, scope: {scope}"))
+    with torch.no_grad():
+        model.hidden.weight.fill_(0.1)
+
+    def note(step):
+        if step == 0:
+            state = model.hidden.swat  # as chosen, before the weights have changed
+            assert int(state.active._mask.sum()) == model.hidden.weight.numel() // 4
+
+    train(model, optimizer, session, 4, each=note)
+
+
 def test_all_zero_weights_have_no_threshold():
     assert budgets.smallest_kept(torch.zeros(4, 4), 4, "unstructured") == float("inf")
     assert budgets.smallest_kept(torch.ones(4, 4), 0, "unstructured") == float("inf")

@@ -27,7 +27,10 @@ _WORTH_GENERATING = 2000  # lanes x steps for which a pattern's generated code r
 
 @dataclass
 class Operations:
-    """Multiply-adds that the kernels have done, and those of the same products with dense operands."""
+    """Multiply-adds that the kernels have done, and those of the same products with dense operands.
+
+    Neither counts weights that meet padding alone.
+    """
 
     forward: int = 0
     input_grad: int = 0
@@ -115,7 +118,7 @@ class Products:
             return _dense_backward(g, grad, x, grad.new_empty(1).expand(g.weight_shape), 1)
 
         form = self._form("weight_grad", grad, weights, sparse, dense)
-        if isinstance(kept, Compact) and not math.isfinite(float(kept.values.sum())):
+        if form == SPARSE and isinstance(kept, Compact) and not math.isfinite(float(kept.values.sum())):
             form = DENSE  # the kernel multiplies with zeros around the output, where an infinite input gives NaN
         result = sparse() if form == SPARSE else dense()
         every = self._count(grad, weights, DENSE)
