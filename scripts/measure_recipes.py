@@ -101,7 +101,10 @@ def load_imagenette(data: Path, seed: int, *, pretrained: bool = True, side: int
 
 
 def image_parts(
-    model: torch.nn.Module, train: Split, test: Split, to_float: Callable[[Tensor], Tensor] = normalise
+    model: torch.nn.Module,
+    train: Split,
+    test: Split,
+    to_float: Callable[[Tensor], Tensor] = normalise,
 ) -> dict[str, Any]:
     return {
         "model": model,
