@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import sparse_ft
@@ -32,7 +33,7 @@ def alone(tmp_path, monkeypatch):
 
 def test_cases_have_names_of_their_own():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 32
+    assert len(set(names)) == len(names) == 33
     assert len([name for name in names if re.match(r"train/.*-70-", name)]) == 6
 
 
@@ -53,6 +54,7 @@ def figures():
         patch.setattr(kernels, "_sparseprop", _not_installed)
         patch.setattr(kernels, "_sparselab", _not_installed)
         patch.setitem(models.TITLES, "test_resnet", "tiny")
+        patch.setitem(channels.MODELS, "test_resnet", lambda: timm.create_model("test_resnet", num_classes=10))
         linear, conv = kernels.Shape(32, 48, 20), kernels.Shape(8, 16, 6, 3, 2, batch=4)
         found["linear-90"] = kernels.measure([linear], 0.9, SETTINGS)
         found["conv-90"] = kernels.measure([conv, kernels.Shape(8, 8, 6, 1, batch=4)], 0.9, Settings(2, 1))
