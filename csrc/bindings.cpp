@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "api.h"
+#include "block.h"
 #include "convolution.h"
 #include "dispatch.h"
 #include "programs.h"
@@ -142,6 +143,17 @@ PYBIND11_MODULE(_native, m) {
              py::arg("weight"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"));
 
     py::class_<Programs>(m, "Programs", "Generated kernels of one pattern; they die with it.").def(py::init<>());
+
+    m.def("block", [](const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+        DLManagedTensor* block = make_block(shape, strides);
+        if (block == nullptr) throw std::bad_alloc();
+        // Whoever takes the tensor out renames the capsule; until then it owns the block.
+        return py::capsule(block, "dltensor", [](PyObject* capsule) {
+            if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+            auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+            unused->deleter(unused);
+        });
+    });
 
     m.def("forward", &forward);
     m.def("input_grad", &input_grad);

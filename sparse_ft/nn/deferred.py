@@ -33,25 +33,20 @@ def _version(tensor: Tensor) -> int | None:
 
 
 class Patience:
-    """Whether a norm leaves its activation unfinished: if one convolution takes it so, and nobody else wants it.
+    """Whether a norm leaves its activation unfinished: as long as one convolution takes it, and nobody else wants it.
 
-    Learned from what becomes of its outputs: a convolution that is given a finished one asks, and once an unfinished
-    one was wanted by others, the answer is no for good.
+    Learned from what becomes of its outputs: once an unfinished one was wanted by others, it is lost for good.
     """
 
     def __init__(self) -> None:
-        self._asked = self._refused = False
+        self._lost = False
 
     def lasts(self) -> bool:
         # Who keeps what is saved for backward by other means (a checkpoint) counts on the same steps in a repetition.
-        saved_plainly = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        return self._asked and not self._refused and saved_plainly
+        return not self._lost and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
-    def ask(self) -> None:
-        self._asked = True
-
-    def refuse(self) -> None:
-        self._refused = True
+    def lose(self) -> None:
+        self._lost = True
 
 
 @dataclass
@@ -102,13 +97,9 @@ class PendingNorm:
             self.training,
         )[0]  # fmt: skip
 
-    def could_wait(self) -> bool:
-        """Whether the activated output can be left unfinished, too."""
-        return self.residual is None and self.activation.cheap
-
     def may_wait(self) -> bool:
-        """Whether it is to be."""
-        return self.could_wait() and self.patience.lasts()
+        """Whether the activated output is to be left unfinished, too."""
+        return self.residual is None and self.activation.cheap and self.patience.lasts()
 
     def defer(self) -> "DeferredNorm":
         assert self.residual is None or self.activation is Activation.IDENTITY
@@ -246,7 +237,7 @@ def _compute(deferred: DeferredNorm) -> Tensor:
     if deferred._value is None:
         pending = deferred._pending
         if pending.activation:
-            pending.patience.refuse()
+            pending.patience.lose()
         with torch.no_grad():
             deferred._value = pending.compute()
     return deferred._value
@@ -317,8 +308,6 @@ def _activate(deferred: DeferredNorm, activation: Activation, in_place: bool) ->
     activated = replace(pending, activation=activation)
     if not activated.may_wait():
         result = activated.compute()
-        if activated.could_wait():
-            result._patience = activated.patience  # type: ignore[attr-defined]
         if in_place:
             _become(deferred, result)
         return result
@@ -336,16 +325,11 @@ def take_unfinished(x: Tensor) -> PendingNorm | None:
 
     The first to ask gets it. Whoever comes later finds a tensor.
     """
-    if type(x) is Tensor:
-        patience = getattr(x, "_patience", None)
-        if patience is not None:
-            patience.ask()
-        return None
     pending = _pending_of(x)
     if pending is None or not pending.activation:
         return None
     if pending.taken or not pending.patience.lasts():
-        pending.patience.refuse()
+        pending.patience.lose()
         return None
     pending.check()
     pending.taken = True

@@ -54,8 +54,6 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -
         x, norm.weight, norm.bias, mean, variance, norm.eps, None, activation or Activation.IDENTITY, training
     )
     _update_statistics(norm, x, mean, variance)
-    if patience is not None and activation is not None and activation.cheap:
-        y._patience = patience  # type: ignore[attr-defined]
     return y
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import overload
 
+from typing_extensions import CapsuleType
+
 _Sizes = Sequence[int]
 _Norm = tuple[int, int, int, int, int]  # addresses of mean, rstd, weight and bias; the activation
 
@@ -12,6 +14,7 @@ class Convolution:
 class Programs:
     def __init__(self) -> None: ...
 
+def block(shape: _Sizes, strides: _Sizes) -> CapsuleType: ...
 def forward(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int, y_stride: _Sizes,
     row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs | None, threads: int,

@@ -7,6 +7,8 @@ Every tap of a kernel is then a shift by whole runs of N samples, and a channel 
 import torch
 from torch import Tensor
 
+from sparse_ft.ops.allocation import empty_strided
+
 LAYOUTS = CONTIGUOUS, CHANNELS_LAST, BATCH_LAST = 0, 1, 2
 
 
@@ -36,6 +38,6 @@ def layout_of(x: Tensor) -> int:
 def empty(shape, layout: int, like: Tensor) -> Tensor:
     """An uninitialised tensor of `shape` in `layout`, with the dtype and device of `like`."""
     if layout == BATCH_LAST:
-        return like.new_empty_strided(tuple(shape), batch_last_strides(shape))
+        return empty_strided(like, tuple(shape), batch_last_strides(shape))
     memory_format = torch.channels_last if layout == CHANNELS_LAST else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_ft.ops import calls, native, reference
+from sparse_ft.ops import allocation, calls, native, reference
 from sparse_ft.ops.checks import (
     check_activation,
     check_channels,
@@ -112,7 +112,7 @@ def _linear(x, values, bias, pattern, in_features, out_features):
     _check_linear(pattern, values, bias, in_features, out_features)
     if native_reason(x, values, bias):
         return reference.linear(x, values, bias, pattern, in_features, out_features)
-    out = x.new_empty(*x.shape[:-1], out_features)
+    out = allocation.empty(x, *x.shape[:-1], out_features)
     if out.numel():
         native.linear(x, values.contiguous(), _contiguous(bias), pattern, in_features, out_features, out)
     return out
@@ -123,7 +123,7 @@ def _linear_input_grad(grad, values, pattern, in_features, out_features):
     _check_linear(pattern, values, None, in_features, out_features)
     if native_reason(grad, values):
         return reference.linear_input_grad(grad, values, pattern, in_features, out_features)
-    grad_x = grad.new_empty(*grad.shape[:-1], in_features)
+    grad_x = allocation.empty(grad, *grad.shape[:-1], in_features)
     if grad_x.numel():
         native.linear_input_grad(grad, values.contiguous(), pattern, in_features, out_features, grad_x)
     return grad_x

@@ -1,0 +1,47 @@
+#include "block.h"
+
+#include <cstdlib>
+#include <memory>
+
+namespace sparse_ft {
+namespace {
+
+constexpr uintptr_t kAlignment = 64;
+
+struct Block {
+    DLManagedTensor managed;
+    std::vector<int64_t> shape, strides;
+    void* memory;
+};
+
+void free_block(DLManagedTensor* managed) {
+    Block* block = static_cast<Block*>(managed->context);
+    std::free(block->memory);
+    delete block;
+}
+
+}  // namespace
+
+DLManagedTensor* make_block(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+    uint64_t bytes = sizeof(float);
+    for (int64_t size : shape)
+        if (size < 0 || __builtin_mul_overflow(bytes, uint64_t(size), &bytes)) return nullptr;
+    if (bytes > SIZE_MAX - kAlignment) return nullptr;
+    std::unique_ptr<Block> block(new Block{{}, shape, strides, std::malloc(size_t(bytes) + kAlignment)});
+    if (block->memory == nullptr) return nullptr;
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(block->memory) + kAlignment - 1) / kAlignment * kAlignment;
+    constexpr int32_t kCpu = 1;
+    constexpr uint8_t kFloat = 2;
+    block->managed = {{reinterpret_cast<void*>(start),
+                       {kCpu, 0},
+                       int32_t(block->shape.size()),
+                       {kFloat, 32, 1},
+                       block->shape.data(),
+                       block->strides.data(),
+                       0},
+                      block.get(),
+                      free_block};
+    return &block.release()->managed;
+}
+
+}  // namespace sparse_ft

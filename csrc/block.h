@@ -1,0 +1,35 @@
+// Memory for large tensors.
+//
+// torch allocates with posix_memalign. There glibc (before 2.38 at least) asks for the size and a little more, so that
+// a freed block never fits a request of its own size: the heap of a training step grows to about twice what is in use.
+// Blocks from malloc, aligned here, are found again.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace sparse_ft {
+
+// What DLPack (https://dmlc.github.io/dlpack/latest/c_api.html), version 0, hands over: a tensor and who frees it.
+struct DLManagedTensor {
+    struct {
+        void* data;
+        struct {
+            int32_t type, id;
+        } device;
+        int32_t dimensions;
+        struct {
+            uint8_t code, bits;
+            uint16_t lanes;
+        } dtype;
+        int64_t* shape;
+        int64_t* strides;
+        uint64_t byte_offset;
+    } tensor;
+    void* context;
+    void (*deleter)(DLManagedTensor*);
+};
+
+// An uninitialised float32 tensor on CPU; sizes and strides in floats must be of a dense one. Null: no memory.
+DLManagedTensor* make_block(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);
+
+}  // namespace sparse_ft

@@ -1,0 +1,36 @@
+"""Memory for what operators give back.
+
+In glibc a freed block from `posix_memalign`, by which torch allocates, does not fit the next request of the same size,
+and the heap of a training step grows to about twice what is in use at its peak. Large results have blocks of the
+native core's own, which are found again.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.ops import _native
+
+_LARGE = 2**18  # elements: a megabyte
+
+
+def empty_strided(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """An uninitialised dense tensor with the dtype and device of `like`."""
+    if (
+        type(like) in (Tensor, nn.Parameter)
+        and like.dtype == torch.float32
+        and like.device.type == "cpu"
+        and math.prod(shape) >= _LARGE
+        and not torch._C._len_torch_dispatch_stack()
+    ):
+        return torch._C._from_dlpack(_native.block(shape, strides))  # type: ignore[attr-defined]
+    return like.new_empty_strided(shape, strides)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """The same for a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return empty_strided(like, shape, tuple(reversed(strides)))

@@ -1,0 +1,106 @@
+"""Blocks of the native core's own for large results."""
+
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparse_ft.ops import BATCH_LAST, _native, allocation, batch_last_strides, is_batch_last
+from sparse_ft.ops.layout import empty
+
+LARGE = (16, 32, 32, 32)
+
+
+def test_a_large_batch_last_tensor():
+    x = empty(LARGE, BATCH_LAST, torch.zeros(1))
+    assert x.shape == LARGE and is_batch_last(x) and x.dtype == torch.float32 and x.data_ptr() % 64 == 0
+    x.fill_(3)
+    assert x.sum() == 3 * x.numel()
+    assert torch.equal(x.clone().add_(1), x + 1)
+
+
+def test_a_contiguous_one():
+    x = allocation.empty(torch.zeros(1), 8, 0, 5, 7)
+    assert x.shape == (8, 0, 5, 7) and x.is_contiguous()
+    x = allocation.empty(torch.zeros(1), 64, 128, 64)
+    assert x.shape == (64, 128, 64) and x.is_contiguous()
+
+
+def test_others_are_torchs_own(monkeypatch):
+    def never(*args):
+        raise AssertionError("not a case for a block")
+
+    monkeypatch.setattr(_native, "block", never)
+    strides = batch_last_strides(LARGE)
+    allocation.empty_strided(torch.zeros(1), (2, 3, 4, 5), batch_last_strides((2, 3, 4, 5)))
+    assert allocation.empty_strided(torch.zeros(1, dtype=torch.bfloat16), LARGE, strides).dtype == torch.bfloat16
+    assert allocation.empty_strided(torch.zeros(1, device="meta"), LARGE, strides).is_meta
+    with FakeTensorMode() as mode:
+        assert mode is allocation.empty_strided(torch.zeros(1), LARGE, strides).fake_mode
+
+
+def test_they_live_as_long_as_their_tensors():
+    x = empty(LARGE, BATCH_LAST, torch.zeros(1))
+    view = x.fill_(2)[:, 3]
+    del x
+    gc.collect()
+    others = [empty(LARGE, BATCH_LAST, torch.zeros(1)).fill_(7) for _ in range(4)]
+    assert (view == 2).all() and len(others) == 4
+
+
+def test_a_block_that_nobody_takes_is_freed():
+    before = _resident()
+    for _ in range(200):
+        _native.block((1 << 22,), (1,))
+    assert _resident() - before < 64 << 20
+
+
+def test_impossible_sizes():
+    for shape in ((1 << 40, 1 << 40), (-1, 4)):
+        with pytest.raises(MemoryError):
+            _native.block(shape, (1,) * len(shape))
+
+
+def test_in_inference_mode():
+    with torch.inference_mode():
+        assert empty(LARGE, BATCH_LAST, torch.zeros(1)).is_inference()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_freed_block_fits_the_next_request_of_its_size():
+    """Blocks of one size, freed between others that stay: the heap does not grow by what takes their place."""
+    code = """
+import torch
+from sparse_ft.memory import keep_freed_memory
+from sparse_ft.ops import BATCH_LAST
+from sparse_ft.ops.layout import empty
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+if keep_freed_memory().active:
+    like = torch.zeros(1)
+    tensors = []
+    for i in range(64):
+        tensors.append(empty((16, 64, 32, 32), BATCH_LAST, like).fill_(i))
+        tensors.append(torch.full((100,), i))  # what would sit between freed blocks
+    before = resident()
+    for _ in range(3):
+        for i in range(0, 128, 4):
+            tensors[i] = None
+            tensors.append(torch.full((3,), i))
+        for i in range(0, 128, 4):
+            tensors[i] = empty((16, 64, 32, 32), BATCH_LAST, like).fill_(i)
+    assert resident() - before < 32 << 20, (before, resident())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _resident() -> int:
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
