@@ -34,6 +34,17 @@ void raise(const char* problem) {
     if (problem != nullptr) throw std::invalid_argument(std::string("malformed sparse pattern: ") + problem);
 }
 
+// Works on the bytes of a file without the interpreter's lock; what is wrong with them becomes a ValueError.
+template <class Decoder>
+void decode(const Decoder& decoder) {
+    const char* problem;
+    {
+        py::gil_scoped_release release;
+        problem = decoder();
+    }
+    if (problem != nullptr) throw std::invalid_argument(problem);
+}
+
 // Runs one kernel without the interpreter's lock; a malformed pattern becomes a ValueError.
 void run(const char* (*kernel)(const Product&), const Product& product) {
     const char* problem;
@@ -190,6 +201,18 @@ PYBIND11_MODULE(_native, m) {
                                 at<int32_t>(t_col), at<int32_t>(perm));
         }
         raise(problem);
+    });
+
+    m.def("decode_gaps", [](Address code, int64_t size, int64_t count, int64_t numel, Address positions) {
+        decode([&] { return decode_gaps(at<const uint8_t>(code), size, count, numel, at<int32_t>(positions)); });
+    });
+    m.def("decode_bitmap", [](Address bitmap, int64_t numel, int64_t count, Address positions) {
+        decode([&] { return decode_bitmap(at<const uint8_t>(bitmap), numel, count, at<int32_t>(positions)); });
+    });
+    m.def("scatter", [](Address positions, int64_t count, int64_t item_size, Address values, int64_t numel,
+                        Address dense) {
+        py::gil_scoped_release release;
+        return scatter(at<const int32_t>(positions), count, item_size, at<const void>(values), numel, at<void>(dense));
     });
 
     m.def("norm_forward",

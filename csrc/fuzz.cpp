@@ -304,6 +304,71 @@ void fuzz_rows(Bytes& in) {
     if (entries != nnz) fail("a pattern with entries in no row is accepted");
 }
 
+// The bits of a gap code one by one, as docs/format.md says; false where it calls the code wrong.
+bool read_gaps(const Buffer<uint8_t>& code, int64_t count, int64_t numel, std::vector<int64_t>* positions) {
+    if (code.size() == 0 || code[0] > 16 || code[code.size() - 1] == 0) return false;
+    auto bit = [&](int64_t i) { return int64_t(code[1 + i / 8] >> i % 8 & 1); };
+    const int64_t bits = 8 * (code.size() - 1);
+    int64_t position = -1, zeros = 0, last = -1;
+    for (int64_t i = (count * code[0] + 7) / 8 * 8; i < bits; ++i) {
+        if (bit(i) == 0) {
+            ++zeros;
+            continue;
+        }
+        if (int64_t(positions->size()) == count) return false;
+        int64_t remainder = 0;
+        for (int64_t k = 0; k < code[0]; ++k) remainder |= bit(int64_t(positions->size()) * code[0] + k) << k;
+        position += (zeros << code[0]) + remainder + 1;
+        positions->push_back(position);
+        zeros = 0;
+        last = i;
+    }
+    return count > 0 && int64_t(positions->size()) == count && position < numel && last / 8 == bits / 8 - 1;
+}
+
+void fuzz_positions(Bytes& in) {
+    const bool gaps = in.byte() % 2;
+    const int64_t numel = in.number(0, 250) * in.small(1, 20);
+    if (numel < 0 || numel > kMostFloats) throw TooLarge();
+    Buffer<uint8_t> code(gaps ? in.small(0, 90) : (numel + 7) / 8, false);
+    for (int64_t i = 0; i < code.size(); ++i) code[i] = in.byte();
+    if (gaps && code.size() > 0 && code[0] > 200) code[0] = uint8_t(code[0] % 20);
+    std::vector<int64_t> expected;
+    bool right;
+    int64_t count = in.number(0, 60);
+    if (gaps) {
+        // Mostly as many as there are ones after the remainders: most codes of another number are refused at once.
+        for (int64_t i = 0; in.byte() % 8 != 0 && i < 60; ++i) {
+            expected.clear();
+            if (read_gaps(code, i, numel, &expected)) count = i;
+            if (count == i) break;
+        }
+        expected.clear();
+        if (count < 0 || count > kMostFloats) throw TooLarge();
+        right = read_gaps(code, count, numel, &expected) && count <= numel;
+    } else {
+        for (int64_t i = 0; i < 8 * code.size(); ++i)
+            if (code[i / 8] >> i % 8 & 1) expected.push_back(i);
+        if (in.byte() % 8 != 0) count = int64_t(expected.size());
+        right = int64_t(expected.size()) == count && (expected.empty() || expected.back() < numel);
+    }
+    Ints positions(count, false);
+    const char* problem = gaps ? decode_gaps(code.get(), code.size(), count, numel, positions.get())
+                               : decode_bitmap(code.get(), numel, count, positions.get());
+    if ((problem == nullptr) != right) fail("positions are judged other than the format says");
+    if (right && !std::equal(expected.begin(), expected.end(), positions.get())) fail("positions differ");
+    Floats values(count, false), dense(numel, false);
+    fill(values, 1);
+    if (in.byte() % 4 == 0 && count > 0) positions[in.word() % count] = int32_t(in.word());
+    const bool inside = std::all_of(positions.get(), positions.get() + count,
+                                    [&](int32_t position) { return position >= 0 && position < numel; });
+    if ((scatter(positions.get(), count, 4, values.get(), numel, dense.get()) >= 0) != inside)
+        fail("a position beyond the end is judged wrongly");
+    Buffer<uint16_t> narrow_values(count, false), narrow(numel, false);
+    if (scatter(positions.get(), count, 2, narrow_values.get(), numel, narrow.get()) != (inside ? count : -1))
+        fail("zeros are miscounted");
+}
+
 void fuzz_norm(Bytes& in, const Kernels& kernels) {
     Norm q{};
     q.channels = in.small(0, 9);
@@ -427,6 +492,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                 break;
             case 10:
                 fuzz_transpose(in, kernels, guarded);
+                break;
+            case 11:
+                fuzz_positions(in);
                 break;
             default:
                 fuzz_product(in, kernels, guarded);

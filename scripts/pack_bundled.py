@@ -54,8 +54,8 @@ def pack(folder: Path, output: Path) -> None:
     with staged(output) as stage:
         weights = stage / compact.COMPACT_FILE
         weights.parent.mkdir()
-        tensors, metadata = compact.pack(state_dict, masks)
-        save_file(tensors, weights, metadata)
+        tensors, entries = compact.pack((name, tensor, masks.get(name)) for name, tensor in state_dict.items())
+        save_file(tensors, weights, compact.metadata(entries))
         restored, _ = compact.unpack(weights)
         if not _equal(restored, state_dict):
             raise ModelError(f"{folder}: the packed weights differ from the folder's")

@@ -23,6 +23,7 @@ from sparse_ft.nn import (
     restore_stock,
     stock_type,
 )
+from sparse_ft.ops.pattern import count_nonzero
 from sparse_ft.randomness import preserved_random_state
 from sparse_ft.steps import call
 from sparse_ft.tables import format_table
@@ -173,10 +174,11 @@ def convert(
 
 def _install(model: nn.Module, layers: Iterable[tuple[str, SparseModule]]) -> None:
     """Puts sparse layers into the places of the dense ones, and lets their neighbours follow their layout."""
+    places = _places(model)
     for name, sparse in layers:
         dense = model.get_submodule(name)
         _move_hooks(dense, sparse)
-        _replace(model, dense, sparse)
+        _replace(places, dense, sparse)
     if any(isinstance(module, SparseConv2d) for module in model.modules()):
         for module in model.modules():
             follow_layout(module)
@@ -190,11 +192,12 @@ def to_dense(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     if isinstance(inner, SparseModule):
         return inner.to_dense()
+    places = _places(inner)
     for module in list(inner.modules()):
         if isinstance(module, SparseModule):
             dense = module.to_dense()
             _move_hooks(module, dense)
-            _replace(inner, module, dense)
+            _replace(places, module, dense)
         else:
             restore_stock(module)
     return model
@@ -221,7 +224,7 @@ class _Entry:
         if self.mask is not None and self.mask.shape != self.shape:
             raise ValueError(f"mask of {self.name}.weight has shape {tuple(self.mask.shape)}, the weight {self.shape}")
         kept = weight if self.mask is None else self.mask
-        self.nnz = 0 if isinstance(kept, UninitializedParameter) else int(torch.count_nonzero(kept))
+        self.nnz = 0 if isinstance(kept, UninitializedParameter) else count_nonzero(kept)
 
     @property
     def sparsity(self) -> float:
@@ -232,7 +235,9 @@ class _Entry:
             kind = SparseConv2d if isinstance(self.module, nn.Conv2d) else SparseLinear
             mask = torch.ones_like(self.weight, dtype=torch.bool) if self.joins else self.mask
             self._sparse = kind.from_dense(self.module, mask)  # type: ignore[arg-type]
-            lost = int(torch.count_nonzero(self.weight)) - int(torch.count_nonzero(self._sparse.weight))
+            lost = 0
+            if mask is not None:
+                lost = int(torch.count_nonzero(self.weight)) - int(torch.count_nonzero(self._sparse.weight))
             if lost:
                 raise ValueError(f"the mask of {self.name}.weight leaves out {lost} nonzero weights; prune them first")
         return self._sparse
@@ -451,12 +456,23 @@ def _time_whole(model: nn.Module, entries: list[_Entry], batch: Any) -> Timing:
     return time_step(dense, sparse, batch)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands."""
+_Places = dict[int, list[tuple[nn.Module, str]]]
+
+
+def _places(model: nn.Module) -> _Places:
+    """Where each module stands, by its id: in which modules, under which name. It holds none of them but parents."""
+    places: _Places = {}
     for parent in model.modules():
         for child, module in parent._modules.items():
-            if module is old:
-                parent._modules[child] = new
+            if module is not None:
+                places.setdefault(id(module), []).append((parent, child))
+    return places
+
+
+def _replace(places: _Places, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands."""
+    for parent, child in places.pop(id(old)):
+        parent._modules[child] = new
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:

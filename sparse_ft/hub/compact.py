@@ -10,7 +10,8 @@ this format stops at the wrong shape instead of leaving the weight as it was ini
 """
 
 import math
-from collections.abc import Mapping
+import mmap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparse_ft.ops.positions import decode_bitmap, scatter
+
 from . import gaps
-from .bitmap import check_bitmap, pack_bits, unpack_bits
+from .bitmap import check_bitmap, pack_bits
 from .header import check_shape, header, open_safetensors, read_header, tensor_headers
 
 COMPACT_FORMAT = "sparse_ft.compact"
@@ -52,49 +55,33 @@ class SparseEntry:
 
 
 def pack(
-    state_dict: Mapping[str, Tensor], masks: Mapping[str, Tensor], *, values_dtype: torch.dtype | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Compact tensors and safetensors metadata of a state dict in dense layout.
+    weights: Iterable[tuple[str, Tensor, Tensor | None]], *, values_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Compact tensors of weights in dense layout, of which one is needed at a time, and the entries for `metadata`.
 
     Args:
-        state_dict: Dense tensors by name.
-        masks: For each weight to store sparsely, a bool tensor of its shape, True where it may be nonzero.
+        weights: Name, dense tensor, and for a weight to store sparsely a bool tensor of its shape, True where it may
+            be nonzero.
         values_dtype: float16 or bfloat16 stores the values of float32 weights in 2 bytes instead of 4, rounded;
-            None keeps them exact.
+            None keeps them exact. Weights of another type stay as they are.
 
     Raises:
-        ValueError: A mask without a weight or of another shape, a nonzero outside its mask, a weight that is not
-            floating point, has one dimension or does not fit `values_dtype`, or a tensor whose name the compact form
-            needs.
+        ValueError: A mask of another shape, a nonzero outside its mask, a weight that is not floating point, has one
+            dimension or goes beyond the range of `values_dtype`, or a tensor whose name the compact form needs.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in state_dict.items() if name not in masks}
-    entries: dict[str, dict[str, Any]] = {}
-    for name, mask in masks.items():
-        if name not in state_dict:
-            raise ValueError(f"mask {name!r} has no weight of that name in the state dict")
-        packed, entries[name] = pack_weight(name, state_dict[name], mask, values_dtype=values_dtype)
-        for part in packed:
-            if part in state_dict and part != name:
-                raise ValueError(f"tensor {part!r} has a name that the compact form of {name!r} needs")
-        tensors |= packed
-    return tensors, metadata(entries)
-
-
-def pack_weight(
-    name: str, weight: Tensor, mask: Tensor, *, values_dtype: torch.dtype | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors that a weight becomes, and its entry for `metadata`; see `pack`."""
     if values_dtype not in (None, *_DTYPE_CODES):
         raise ValueError(f"values_dtype must be float32, float16 or bfloat16, not {values_dtype}")
-    weight = weight.detach().cpu()
-    _check_weight(name, weight, mask)
-    positions = np.flatnonzero(mask.cpu().numpy())
-    values = weight.reshape(-1)[torch.from_numpy(positions)]
-    if torch.count_nonzero(weight) > torch.count_nonzero(values):
-        raise ValueError(f"weight {name!r} has nonzero values outside its mask: apply the mask before packing")
-    suffix, code = _encode(positions, mask)
-    tensors = {name: _narrowed(name, values, values_dtype), f"{name}.{suffix}": code}
-    return tensors, {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, tensor, mask in weights:
+        if mask is None:
+            packed = {name: tensor.contiguous()}
+        else:
+            packed, entries[name] = _packed(name, tensor, mask, values_dtype)
+        if taken := sorted(packed.keys() & tensors.keys()):
+            raise ValueError(f"tensor {taken[0]!r} has a name that the compact form of another needs")
+        tensors |= packed
+    return tensors, entries
 
 
 def metadata(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -105,7 +92,7 @@ def metadata(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Dense state dict of a compact file, and the masks that the zeros of its weights do not tell.
 
-    The file is checked before memory of dense size is allocated.
+    The file is checked before memory of dense size is allocated. No tensor is a view of the mapped file.
 
     Raises:
         ValueError: The file is not safetensors, not of this format or version, or contradicts itself.
@@ -114,7 +101,7 @@ def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tensors = tensor_headers(file)
         entries = read_index(path, file.metadata(), tensors)
         parts = {part for entry in entries.values() for part in (entry.values, entry.positions)}
-        state_dict = {name: file.get_tensor(name) for name in tensors if name not in parts}
+        state_dict = {name: file.get_tensor(name).clone() for name in tensors if name not in parts}
         masks = {}
         zeros = _Zeros()
         for name, entry in entries.items():
@@ -156,7 +143,7 @@ def read_index(
 
 def dense_weight(
     values: Tensor,
-    positions: Tensor,
+    code: Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     *,
@@ -172,54 +159,46 @@ def dense_weight(
         raise ValueError(f"its values have shape {tuple(values.shape)} instead of one dimension")
     numel, count = math.prod(shape), len(values)
     if is_gaps:
-        pieces = gaps.decode(positions.numpy(), count, numel)
+        positions = gaps.decode(code, count, numel)
     else:
-        places = np.flatnonzero(unpack_bits(positions, shape).numpy())
-        if len(places) != count:
-            raise ValueError(f"the bitmap has {len(places)} ones, but there are {count} values")
-        pieces = iter([places])
+        positions = decode_bitmap(code, count, numel)
     values = values.to(dtype)
-    weight = (
-        zeros.take(numel, dtype) if zeros else torch.from_numpy(np.zeros(numel * dtype.itemsize, "u1")).view(dtype)
-    )
+    weight = (zeros or _Zeros()).take(numel, dtype)
     mask = None
-    if torch.count_nonzero(values) < count:
+    if scatter(values, positions, weight):
         mask = torch.zeros(numel, dtype=torch.bool)
-    source, target, done = _bits(values), _bits(weight), 0
-    for piece in pieces:
-        target[piece] = source[done : done + len(piece)]
-        done += len(piece)
-        if mask is not None:
-            mask.numpy()[piece] = True
-    return weight.view(shape), None if mask is None else mask.view(shape)
+        mask[positions] = True
+        mask = mask.view(shape)
+    return weight.view(shape), mask
 
 
 class _Zeros:
     """Zeroed memory for the weights of a file.
 
     `torch.zeros` writes every page of it, and has the system fetch each by itself, which takes longer than reading a
-    dense file. numpy's pages are zero because they are new, and huge where an array has some megabytes, so that small
-    weights share one.
+    dense file. Pages that are mapped afresh are zero already, and huge where there are some megabytes, so that small
+    weights share a mapping. Each is a storage of its own.
     """
 
     _SHARED = 16 * 2**20  # bytes, which live as long as one weight in them
 
     def __init__(self) -> None:
-        self.block = np.empty(0, dtype=np.uint8)
+        self.block, self.used = _pages(1), 1
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         size = numel * dtype.itemsize
         if size > self._SHARED // 4:
-            return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype)
-        if size > len(self.block):
-            self.block = np.zeros(self._SHARED, dtype=np.uint8)
-        taken, self.block = self.block[:size], self.block[-(-size // 64) * 64 :]  # whole cache lines
-        return torch.from_numpy(taken).view(dtype)
+            return torch.frombuffer(_pages(size), dtype=dtype)
+        if size > len(self.block) - self.used:
+            self.block, self.used = _pages(self._SHARED), 0
+        start, self.used = self.used, self.used + -(-size // 64) * 64  # whole cache lines
+        return torch.frombuffer(self.block, dtype=dtype, count=numel, offset=start)
 
 
-def _bits(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory as integers, which numpy copies faster than torch and whatever the type."""
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
+def _pages(size: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def _encode(positions: NDArray[np.int64], mask: Tensor) -> tuple[str, Tensor]:
@@ -231,11 +210,24 @@ def _encode(positions: NDArray[np.int64], mask: Tensor) -> tuple[str, Tensor]:
     return "bitmap", pack_bits(mask)
 
 
+def _packed(
+    name: str, weight: Tensor, mask: Tensor, values_dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors that a sparse weight becomes, and its entry in the header."""
+    weight = weight.detach().cpu()
+    _check_weight(name, weight, mask)
+    positions = np.flatnonzero(mask.cpu().numpy())
+    values = weight.reshape(-1)[torch.from_numpy(positions)]
+    if torch.count_nonzero(weight) > torch.count_nonzero(values):
+        raise ValueError(f"weight {name!r} has nonzero values outside its mask: apply the mask before packing")
+    suffix, code = _encode(positions, mask)
+    tensors = {name: _narrowed(name, values, values_dtype), f"{name}.{suffix}": code}
+    return tensors, {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+
+
 def _narrowed(name: str, values: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or dtype == values.dtype:
+    if dtype is None or values.dtype != torch.float32:
         return values
-    if values.dtype != torch.float32:
-        raise ValueError(f"weight {name!r} is {values.dtype} already; leave values_dtype out")
     rounded = values.to(dtype)
     if torch.any(rounded.isinf() & ~values.isinf()):
         raise ValueError(f"weight {name!r} has values beyond the range of {dtype}")

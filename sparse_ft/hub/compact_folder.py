@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,10 +53,11 @@ def write_compact_folder(source: Path, target: Path, *, values_dtype: torch.dtyp
     dense_bytes = compact_bytes = nnz = numel = 0
     for file_name in shards:
         with open_safetensors(source / file_name) as file:
-            tensors, metadata, counts = _compressed(file, masks, values_dtype)
-        save_file(tensors, target / file_name, metadata)
+            tensors, entries = compact.pack(_weights(file, masks), values_dtype=values_dtype)
+        save_file(tensors, target / file_name, compact.metadata(entries))
         weight_map |= dict.fromkeys(tensors, file_name)
-        nnz, numel = nnz + counts[0], numel + counts[1]
+        nnz += sum(len(tensors[name]) for name in entries)
+        numel += sum(math.prod(entry["shape"]) for entry in entries.values())
         dense_bytes += (source / file_name).stat().st_size
         compact_bytes += (target / file_name).stat().st_size
     if compact_bytes > WORTH * dense_bytes:
@@ -114,27 +116,6 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
         if not (folder / file_name).is_file():
             raise ValueError(f"{path}: {file_name!r:.80} is missing")
     return shards
-
-
-def _compressed(
-    file: Any, masks: Mapping[str, Tensor], values_dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[str, str], tuple[int, int]]:
-    """Compact tensors and metadata of an open file, and how many of the elements of its sparse weights are kept.
-
-    One weight at a time is in memory in dense layout.
-    """
-    tensors: dict[str, Tensor] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    kept = total = 0
-    for name, tensor, mask in _weights(file, masks):
-        if mask is None:
-            tensors[name] = tensor
-            continue
-        narrow = values_dtype if tensor.dtype == torch.float32 else None
-        packed, entries[name] = compact.pack_weight(name, tensor, mask, values_dtype=narrow)
-        tensors |= packed
-        kept, total = kept + len(packed[name]), total + tensor.numel()
-    return tensors, compact.metadata(entries), (kept, total)
 
 
 def _weights(file: Any, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor | None]]:

@@ -183,7 +183,7 @@ def _load(
         weights, masks = given or _read_weights(source)
         if weights is None:
             weights = _read_safetensors(source.folder / "model.safetensors")
-        model = timm_models.load(source.folder, weights, num_labels)
+        model = timm_models.load(source.folder, weights, num_labels, hand_over=source.compact)
         masks = _fitting(masks, model, source.folder, new_labels=num_labels is not None)
     model.to(dtype)
     if label_names is not None:

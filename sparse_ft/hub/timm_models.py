@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from .errors import ModelError, one_line
+from .filling import Filling, Handed
 from .foreign import fit
 from .limits import Budget
 
@@ -35,10 +36,16 @@ def create(architecture: str, num_classes: int | None, model_args: Mapping[str, 
     return timm.create_model(architecture, num_classes=num_classes, **model_args)
 
 
-def load(folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None) -> nn.Module:
+def load(
+    folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None, *, hand_over: bool = False
+) -> nn.Module:
     """The timm model that the config.json of `folder` describes, with the weights of `state_dict`.
 
-    Another `num_classes` than the checkpoint's replaces the classifier by a new one; everything else must fit.
+    Args:
+        folder: Holds config.json.
+        state_dict: All weights.
+        num_classes: Another number than the checkpoint's replaces the classifier by a new one.
+        hand_over: Nobody else uses the tensors, nor the memory behind them, so that they may become the model's own.
 
     Raises:
         ModelError: config.json names an architecture unknown to this timm, or the weights do not fit it.
@@ -52,19 +59,12 @@ def load(folder: Path, state_dict: Mapping[str, Tensor], num_classes: int | None
         raise ModelError(f"{folder}/config.json: timm {timm.__version__} has no architecture {architecture!r:.80}")
     if control := sorted(_FACTORY_ARGUMENTS.intersection(model_args)):
         raise ModelError(f"{folder}/config.json: model_args may not hold {control[0]!r}")
-    # The weights travel in the config, so that timm applies the checkpoint filters of the architecture to them.
-    source = {**pretrained_cfg, "source": "", "state_dict": dict(state_dict)}
     budget = Budget.of_tensors(tensor.numel() for tensor in state_dict.values())
     try:
         with budget.enforced():
-            _empty(architecture, pretrained_cfg, model_args)
-            model: Any = timm.create_model(
-                architecture,
-                pretrained=True,
-                pretrained_cfg=source,
-                pretrained_model_args=dict(model_args),
-                **model_args,
-            )
+            empty = _empty(architecture, pretrained_cfg, model_args)
+            hand_over = hand_over and not _shares_parameters(empty)
+            model = _filled(architecture, pretrained_cfg, model_args, state_dict, hand_over=hand_over)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from error
     except Exception as error:  # whatever a stranger's settings make an architecture raise
@@ -101,9 +101,38 @@ def create_with(
     return model
 
 
+def _filled(
+    architecture: str,
+    pretrained_cfg: Mapping[str, Any],
+    model_args: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    *,
+    hand_over: bool,
+) -> Any:
+    def create() -> Any:
+        # The weights travel in the config, so that timm applies the checkpoint filters of the architecture to them.
+        weights = (Handed if hand_over else dict)(state_dict)
+        return timm.create_model(
+            architecture,
+            pretrained=True,
+            pretrained_cfg={**pretrained_cfg, "source": "", "state_dict": weights},
+            pretrained_model_args=dict(model_args),
+            **model_args,
+        )
+
+    with Filling(state_dict) as filling:
+        model = create()
+    # Of some architectures, timm takes a checkpoint that lacks weights; those are to be random ones.
+    return create() if filling.unfilled(model) else model
+
+
+def _shares_parameters(model: nn.Module) -> bool:
+    return len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
+
+
 def _empty(architecture: str, pretrained_cfg: dict[str, Any], model_args: Mapping[str, Any]) -> nn.Module:
     """The model that config.json describes, without memory for its numbers."""
-    with torch.device("meta"):
+    with torch.device("meta"), Filling({}):
         return timm.create_model(architecture, pretrained_cfg=deepcopy(pretrained_cfg), **model_args)
 
 

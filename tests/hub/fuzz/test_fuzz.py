@@ -99,7 +99,8 @@ class Compact(Kind):
 
     @staticmethod
     def packed(state: dict[str, Tensor], masks: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return compact.pack(state, masks)
+        tensors, entries = compact.pack((name, tensor, masks.get(name)) for name, tensor in state.items())
+        return tensors, compact.metadata(entries)
 
     def run(self, draw: random.Random) -> str:
         path = self.folder / "damaged.safetensors"
