@@ -89,10 +89,14 @@ def metadata(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return header(COMPACT_FORMAT, VERSION, entries)
 
 
-def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def unpack(path: str | Path, *, own: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Dense state dict of a compact file, and the masks that the zeros of its weights do not tell.
 
-    The file is checked before memory of dense size is allocated. No tensor is a view of the mapped file.
+    The file is checked before memory of dense size is allocated.
+
+    Args:
+        path: The file.
+        own: Copy the tensors that are stored as they are, which otherwise are views of the mapped file.
 
     Raises:
         ValueError: The file is not safetensors, not of this format or version, or contradicts itself.
@@ -101,7 +105,9 @@ def unpack(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tensors = tensor_headers(file)
         entries = read_index(path, file.metadata(), tensors)
         parts = {part for entry in entries.values() for part in (entry.values, entry.positions)}
-        state_dict = {name: file.get_tensor(name).clone() for name in tensors if name not in parts}
+        state_dict = {name: file.get_tensor(name) for name in tensors if name not in parts}
+        if own:
+            state_dict = {name: tensor.clone() for name, tensor in state_dict.items()}
         masks = {}
         zeros = _Zeros()
         for name, entry in entries.items():

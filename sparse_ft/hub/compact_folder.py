@@ -80,7 +80,7 @@ def write_compact_folder(source: Path, target: Path, *, values_dtype: torch.dtyp
     return True
 
 
-def read_compact_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def read_compact_folder(folder: Path, *, own: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Dense state dict and masks (those that the zeros do not tell) of a compact form, see `compact.unpack`.
 
     Raises:
@@ -89,7 +89,7 @@ def read_compact_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tens
     state_dict: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for file_name in weight_files(folder):
-        weights, shard_masks = compact.unpack(folder / file_name)
+        weights, shard_masks = compact.unpack(folder / file_name, own=own)
         state_dict |= weights
         masks |= shard_masks
     return state_dict, masks

@@ -180,7 +180,7 @@ def _load(
             )
             masks = _fitting(masks, model, Path(name_or_path), new_labels=num_labels is not None)
     else:
-        weights, masks = given or _read_weights(source)
+        weights, masks = given or _read_weights(source, own=True)
         if weights is None:
             weights = _read_safetensors(source.folder / "model.safetensors")
         model = timm_models.load(source.folder, weights, num_labels, hand_over=source.compact)
@@ -258,13 +258,18 @@ def _fill(model: nn.Module, path: Path, renames: Mapping[str, str]) -> tuple[nn.
     return model, _fitting(renamed(checkpoint.masks, renames), model, path, new_labels=False)
 
 
-def _read_weights(source: ModelSource) -> tuple[dict[str, Tensor] | None, Masks]:
-    """Weights that the model's own loader would not read, if those are meant, and the masks beside weights."""
+def _read_weights(source: ModelSource, *, own: bool = False) -> tuple[dict[str, Tensor] | None, Masks]:
+    """Weights that the model's own loader would not read, if those are meant, and the masks beside weights.
+
+    Args:
+        source: Where they are.
+        own: Of a compact form, give tensors of memory that is nobody else's.
+    """
     folder = source.folder
     assert folder is not None
     try:
         if source.compact:
-            return read_compact_folder(folder / COMPACT_FOLDER)
+            return read_compact_folder(folder / COMPACT_FOLDER, own=own)
         if bitmask.sparsity_format(_read_config(folder), str(folder)) is not None:
             return bitmask.read(folder)
         return None, read_masks(folder / MASK_FILE) if (folder / MASK_FILE).is_file() else {}
