@@ -19,9 +19,9 @@ from .errors import ModelError
 MAX_SHARD_SIZE = "5GB"
 _SHOW_PROGRESS = 2**28  # bytes; less is written in a moment
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+_CODES = {  # in safetensors' order, by which a file's tensors are sorted, wide ones first
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
 
 
@@ -106,14 +106,16 @@ def write_file(
     Raises:
         ModelError: A tensor of a type that is not stored.
     """
-    # As safetensors does: wide types first, so that every tensor is aligned; then by name.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _CODES:
+            raise ModelError(f"{name} is of type {tensor.dtype}, which is not stored")
+    # As safetensors does: by type, wide ones first, so that every tensor is aligned; then by name.
+    rank = {dtype: place for place, dtype in enumerate(_CODES)}
+    names = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype not in _CODES:
-            raise ModelError(f"{name} is of type {tensor.dtype}, which is not stored")
         end = offset + tensor.bytes
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
