@@ -32,6 +32,9 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+_FEWEST_SAMPLES = 16  # a convolution that reads fewer at a time computes value by value what a norm does by vectors
+
+
 class Patience:
     """Whether a norm leaves its activation unfinished: as long as one convolution takes it, and nobody else wants it.
 
@@ -41,9 +44,11 @@ class Patience:
     def __init__(self) -> None:
         self._lost = False
 
-    def lasts(self) -> bool:
+    def lasts(self, x: Tensor) -> bool:
+        """Whether the activated norm of `x` is to wait."""
         # Who keeps what is saved for backward by other means (a checkpoint) counts on the same steps in a repetition.
-        return not self._lost and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        saved_plainly = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        return not self._lost and saved_plainly and x.shape[0] >= _FEWEST_SAMPLES
 
     def lose(self) -> None:
         self._lost = True
@@ -99,7 +104,7 @@ class PendingNorm:
 
     def may_wait(self) -> bool:
         """Whether the activated output is to be left unfinished, too."""
-        return self.residual is None and self.activation.cheap and self.patience.lasts()
+        return self.residual is None and self.activation.cheap and self.patience.lasts(self.x)
 
     def defer(self) -> "DeferredNorm":
         assert self.residual is None or self.activation is Activation.IDENTITY
@@ -328,7 +333,7 @@ def take_unfinished(x: Tensor) -> PendingNorm | None:
     pending = _pending_of(x)
     if pending is None or not pending.activation:
         return None
-    if pending.taken or not pending.patience.lasts():
+    if pending.taken or not pending.patience.lasts(pending.x):
         pending.patience.lose()
         return None
     pending.check()

@@ -40,7 +40,7 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -
     training = norm.training or norm.running_mean is None
     mean, variance = (None, None) if training else (norm.running_mean, norm.running_var)
     patience = _patience.setdefault(norm, Patience()) if _can_wait(x) else None
-    if patience is not None and (activation is None or (activation.cheap and patience.lasts())):
+    if patience is not None and (activation is None or (activation.cheap and patience.lasts(x))):
         if training:
             with torch.no_grad():
                 mean, variance = batch_norm_statistics(x)

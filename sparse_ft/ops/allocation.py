@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from sparse_ft.ops import _native
 
@@ -24,7 +25,7 @@ def empty_strided(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]
         and math.prod(shape) >= _LARGE
         and not torch._C._len_torch_dispatch_stack()
     ):
-        return torch._C._from_dlpack(_native.block(shape, strides))  # type: ignore[attr-defined]
+        return from_dlpack(_native.block(shape, strides))
     return like.new_empty_strided(shape, strides)
 
 
