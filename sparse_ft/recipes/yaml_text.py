@@ -106,7 +106,7 @@ def _check_depth(text: str, recipe: str) -> None:
         if isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                line = event.start_mark.line + 1
+                line = event.start_mark.line + 1 if event.start_mark else None
                 raise RecipeError(f"is nested more than {MAX_DEPTH} levels deep", recipe=recipe, line=line)
         elif isinstance(event, yaml.SequenceEndEvent | yaml.MappingEndEvent):
             depth -= 1
