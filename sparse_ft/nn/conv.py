@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from sparse_ft.nn.deferred import take_unfinished
 from sparse_ft.nn.module import SparseModule
 from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
-from sparse_ft.ops.gradients import conv2d, norm_conv2d, to_layout
+from sparse_ft.ops.gradients import conv2d, conv2d_of_unfinished, to_layout
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -82,9 +82,7 @@ class SparseConv2d(SparseModule):
         # A depthwise convolution reads a value for little more than the memory's time: it has none for a norm.
         norm = take_unfinished(x) if self.pattern.weight_shape[1] > 1 else None
         if norm is not None:
-            return norm_conv2d(
-                norm.x, norm.weight, norm.bias, norm.mean, norm.rstd(), norm.activation, norm.training, *weights
-            )
+            return conv2d_of_unfinished(x, norm.operands(), *weights)
         if not is_batch_last(x):
             x = to_layout(x, BATCH_LAST)
         return conv2d(x, *weights)

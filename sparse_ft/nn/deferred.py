@@ -7,6 +7,7 @@ convolution takes an activated norm unfinished: it normalises what it reads, for
 that the activation is neither written nor kept.
 """
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,8 +84,9 @@ class PendingNorm:
     def _read_versions(self) -> list[int | None]:
         return [_version(t) for t in (self.x, self.weight, self.bias, self.residual) if t is not None]
 
-    def rstd(self) -> Tensor:
-        return torch.rsqrt(self.variance + self.eps)
+    def operands(self) -> tuple:
+        """(x, weight, bias, mean, 1 / standard deviation, activation), as a convolution takes them."""
+        return self.x, self.weight, self.bias, self.mean, _rstd(self.variance, self.eps), self.activation
 
     def check(self) -> None:
         """Raises where an operand is no longer what it was."""
@@ -113,6 +115,11 @@ class PendingNorm:
         return deferred
 
 
+def _rstd(variance: Tensor, eps: float) -> Tensor:
+    """In the native norm's steps and so to its last bit, whoever computes the norm in the end."""
+    return (variance.double() + ctypes.c_float(eps).value).sqrt_().reciprocal_().to(variance.dtype)
+
+
 class _Defer(torch.autograd.Function):
     """Gives the deferred output its place in the graph, for what does not go by `__torch_function__`."""
 
@@ -129,7 +136,7 @@ class _Defer(torch.autograd.Function):
         if not any(needs[:3]):
             return None, None, None, grad, None
         grads = batch_norm_backward(
-            grad, x, weight, bias, mean, torch.rsqrt(variance + ctx.eps), None, None, ctx.activation, ctx.training
+            grad, x, weight, bias, mean, _rstd(variance, ctx.eps), None, None, ctx.activation, ctx.training
         )
         grads = [grad if wanted else None for grad, wanted in zip(grads[:3], needs, strict=False)]
         return *grads, grad if needs[3] else None, None

@@ -107,6 +107,43 @@ class _NormConv2d(torch.autograd.Function):
         return *grads, None, *[None] * len(ctx.geometry)
 
 
+class _ConvOfUnfinished(torch.autograd.Function):
+    """`norm_conv2d` whose input gradient is that of the activated norm, which has a place of its own in the graph.
+
+    There it meets the gradients of whoever else reads the activation, as it does where that is finished.
+    """
+
+    @staticmethod
+    def forward(ctx, activated, values, bias, norm, pattern, *geometry):
+        ctx.save_for_backward(*norm[:5], values, *pattern)
+        ctx.activation, ctx.geometry = norm[5], geometry
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return norm_conv2d(*norm, False, values, bias, pattern, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *norm, values = ctx.saved_tensors[:6]
+        pattern = list(ctx.saved_tensors[6:])
+        grad_x = grad_values = grad_bias = None
+        if not is_batch_last(grad):
+            grad = to_layout(grad, BATCH_LAST)
+        if ctx.needs_input_grad[0]:
+            grad_x = conv2d_input_grad(grad, values, pattern, *ctx.geometry, list(norm[0].shape))
+        if ctx.needs_input_grad[1]:
+            value_grad = norm_conv2d_weight_grad(grad, *norm, ctx.activation, pattern, *ctx.geometry)
+            grad_values = _like(value_grad, values)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
+        return grad_x, grad_values, grad_bias, None, None, *[None] * len(ctx.geometry)
+
+
+def conv2d_of_unfinished(activated, norm, values, bias, pattern, *geometry):
+    """The convolution of a deferred output; `norm`: (x, weight, bias, mean, rstd, activation) that it stands for."""
+    if torch.is_grad_enabled():
+        return _ConvOfUnfinished.apply(activated, values, bias, norm, pattern, *geometry)
+    return norm_conv2d(*norm, False, values, bias, pattern, *geometry)
+
+
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mean, variance, eps, residual, activation, training):

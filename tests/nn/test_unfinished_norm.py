@@ -63,13 +63,13 @@ def hooked(x):
 @pytest.fixture
 def taken(monkeypatch):
     """Counts convolutions that took an unfinished activation."""
-    calls, compute = [], conv.norm_conv2d
+    calls, compute = [], conv.conv2d_of_unfinished
 
     def counted(*args):
         calls.append(args)
         return compute(*args)
 
-    monkeypatch.setattr(conv, "norm_conv2d", counted)
+    monkeypatch.setattr(conv, "conv2d_of_unfinished", counted)
     return calls
 
 
@@ -150,6 +150,23 @@ def test_others_want_it_too(taken, between):
 def test_hooks_and_views(taken):
     compare(Chain(F.relu, hooked))
     compare(Chain(F.relu, lambda x: x.flatten(2).view(x.shape)))
+
+
+@pytest.mark.parametrize("kind", [Chain, Branches])
+@pytest.mark.parametrize("size", [(16, 6, 7, 9), (32, 6, 12, 12)])
+def test_to_the_last_bit(kind, size):
+    """What waits is learned as training goes on; a resumed run, which learns anew, must not differ."""
+    model = kind(F.relu)
+    sparse_ft.convert(model, policy="always", min_sparsity=0.0)
+    impatient, before = copy.deepcopy(model), deferred.Patience.lasts
+    losses = train(model, size=size)
+    deferred.Patience.lasts = lambda self, x: False
+    try:
+        assert train(impatient, size=size) == losses
+    finally:
+        deferred.Patience.lasts = before
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, impatient.state_dict()[name]), name
 
 
 def test_two_convolutions_read_it(taken):
