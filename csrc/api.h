@@ -3,7 +3,7 @@
 // Everything is one of two indexed products over the nonzeros (r, k, w) of a pattern, with lanes =
 // spatial positions x batch samples:
 //     gather product   D[r, p] = bias[r] + sum_k  w * S[channel(k), p * step + tap(k)]
-//     sampled product  dw[j]   = sum_p  G[r(j), p] * S[channel(j), p * step + tap(j)]
+//     sampled product  dw[j]   = sum_p  G[r(j), p] * S[channel(j), p * step + tap(j)],  and  sum_p  G[r, p]  beside it
 // Forward is a gather product over the pattern's rows; the input gradient is the same product over
 // the transposed rows, once per phase of the stride; a linear layer is the case of one position.
 #pragma once
@@ -64,6 +64,7 @@ struct Product {
     const SourceNorm* norm;  // of the source; may be null
     View grad;               // sampled product: G; unused otherwise
     float* value_grad;       // sampled product: dw (nnz)
+    float* row_sums;         // sampled product: the sum of every row of G; may be null
     Programs* programs;      // where this pattern's generated kernels are kept; null: generate none
     int threads;
 };

@@ -9,7 +9,7 @@
 namespace sparse_ft {
 
 // General registers by number, as the System V calling convention hands out arguments.
-enum Register { rax = 0, rcx = 1, rdx = 2, rsp = 4, rsi = 6, rdi = 7, r8 = 8, r9 = 9, r10 = 10, r11 = 11 };
+enum Register { rax = 0, rcx = 1, rdx = 2, rbx = 3, rsp = 4, rsi = 6, rdi = 7, r8, r9, r10, r11, r12 };
 
 class Assembler {
   public:
@@ -62,8 +62,19 @@ class Assembler {
         bytes({uint8_t(0x48 | (to >> 3)), 0x81, uint8_t(0xC0 | (to & 7))});
         word(value);
     }
-    void load_argument(Register to, int32_t stack) {  // stack arguments begin at rsp + 8
+    void push(Register from) { bytes({uint8_t(0x40 | (from >> 3)), uint8_t(0x50 | (from & 7))}); }
+    void pop(Register to) { bytes({uint8_t(0x40 | (to >> 3)), uint8_t(0x58 | (to & 7))}); }
+    // Into the second-level cache; a hint, which no address makes fail.
+    void prefetch(Register base, int32_t disp) {
+        bytes({uint8_t(0x40 | (base >> 3)), 0x0F, 0x18, uint8_t(0x80 | 2 << 3 | (base & 7))});
+        word(disp);
+    }
+    void load_argument(Register to, int32_t stack) {  // stack arguments begin at rsp + 8, below what was pushed
         bytes({uint8_t(0x48 | (to >> 3) << 2), 0x8B, uint8_t(0x84 | (to & 7) << 3), 0x24});
+        word(stack);
+    }
+    void add_argument(Register to, int32_t stack) {
+        bytes({uint8_t(0x48 | (to >> 3) << 2), 0x03, uint8_t(0x84 | (to & 7) << 3), 0x24});
         word(stack);
     }
     void repeat_from(int64_t top, Register counter) {  // if (--counter) goto top

@@ -106,8 +106,8 @@ void input_grad(const Convolution& c, const Four& size, Address grad, const Four
 }
 
 void weight_grad(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address grad,
-                 const Four& grad_stride, Address row_ptr, Address col, Address value_grad, int64_t nnz,
-                 Programs* programs, int threads, const NormArguments& norm) {
+                 const Four& grad_stride, Address row_ptr, Address col, Address value_grad, Address row_sums,
+                 int64_t nnz, Programs* programs, int threads, const NormArguments& norm) {
     check(c);
     const Entrance entrance(norm, size[1]);
     ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
@@ -115,6 +115,7 @@ void weight_grad(const Convolution& c, const Four& size, Address x, const Four& 
     f.product.norm = entrance.get();
     f.product.grad = view(grad, grad_stride);
     f.product.value_grad = at<float>(value_grad);
+    f.product.row_sums = at<float>(row_sums);
     run(active_kernels().sampled_product, f.product);
 }
 

@@ -17,18 +17,25 @@ struct Run {
           step(t.group_stride > 0 ? t.group_stride : kLanes) {}
 };
 
+// Vectors of a tile of a lone position, at most `most`: as many tiles as keep all threads at work to the end.
+inline int64_t even_vectors(const Product& q, int64_t most) {
+    const int64_t all = (q.geometry.batch + kLanes - 1) / kLanes, tiles = (all + most - 1) / most;
+    const int64_t shared = (tiles + q.threads - 1) / q.threads * q.threads;
+    return std::max<int64_t>((all + shared - 1) / shared, std::min<int64_t>(most, 4));
+}
+
 inline TileLimits generated_limits(const Product& q) {
     const Geometry& g = q.geometry;
     const int64_t vector_bytes = g.groups * g.channels_per_group * kLanes * 4;
     if (q.source.n != 1) {  // token-major
-        const int64_t vectors = std::clamp<int64_t>(kGeneratedPanel / vector_bytes, 8, kRunVectors);
+        const int64_t vectors = even_vectors(q, std::clamp<int64_t>(kGeneratedPanel / vector_bytes, 8, kRunVectors));
         return {vectors * kLanes, vectors * kLanes, 1, kGeneratedPanel, false, kLanes};
     }
     int64_t positions = 0;
     for (int64_t i = 0; i < q.plane_count; ++i)
         positions = std::max(positions, q.planes[i].height * q.planes[i].width);
     if (positions <= 1) {
-        const int64_t vectors = std::clamp<int64_t>(kGeneratedPanel / vector_bytes, 4, kRunVectors);
+        const int64_t vectors = even_vectors(q, std::clamp<int64_t>(kGeneratedPanel / vector_bytes, 4, kRunVectors));
         return {vectors * kLanes, vectors * kLanes, 1, kGeneratedPanel};
     }
     return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, kGeneratedPanel, true};

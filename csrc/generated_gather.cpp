@@ -22,10 +22,13 @@ constexpr int64_t kGatherRows = 28;             // accumulators; the other four 
 constexpr int64_t kBandRows = 4 * kGatherRows;  // staged before they go to a channels-last destination: whole lines
 constexpr int64_t kSliceBytes = 16 << 10;       // of results staged at a time
 constexpr int64_t kChunkNonzeros = 2048;        // of one chunk, whose code then fits the first-level instruction cache
+// A line of the next code is fetched for so many: about the whole of it while a chunk runs over eight vectors.
+constexpr int64_t kNonzerosPerFetch = 48;
 
-// x, values: of the chunk; out_row: bytes from a row's lanes to the next row's; bias: of the chunk's rows.
+// x, values: of the chunk; out_row: bytes from a row's lanes to the next row's; bias: of the chunk's rows; next: the
+// code that runs after this one, fetched meanwhile.
 using GatherCode = void (*)(const float* x, const float* values, float* out, int64_t vectors, int64_t x_step,
-                            int64_t out_step, int64_t out_row, const float* bias);
+                            int64_t out_step, int64_t out_row, const float* bias, const uint8_t* next);
 
 struct GatherChunk {  // some rows, and a part of their reduction
     int64_t row, rows, entry, value;
@@ -103,8 +106,11 @@ class GatherCompiler {
 
     void emit(const GatherChunk& chunk, const std::vector<Entry>& entries, int64_t begin, int64_t end) {
         Assembler& a = assembler;
-        a.reserve(size_t(2 * (end - begin) + (end - begin) / 256 + 4 * chunk.rows + 20));
-        a.load_argument(rax, 8);
+        const int64_t fetches = (end - begin) / kNonzerosPerFetch;
+        a.reserve(size_t(2 * (end - begin) + (end - begin) / 256 + fetches + 4 * chunk.rows + 20));
+        a.push(rbx);
+        a.load_argument(rax, 8 + 8);
+        a.load_argument(rbx, 8 + 24);
         const int64_t top = a.size();
         uint32_t fresh = 0;  // rows whose first product is their value so far
         if (!chunk.begins) {
@@ -114,7 +120,7 @@ class GatherCompiler {
                 a.add(r10, rax);
             }
         } else if (q.bias) {
-            a.load_argument(r10, 16);
+            a.load_argument(r10, 8 + 16);
             for (int r = 0; r < chunk.rows; ++r) a.broadcast(r, r10, r * 4);
         } else {
             for (int64_t i = begin; i < end; ++i) fresh |= 1u << entries[size_t(i)].row;
@@ -140,6 +146,8 @@ class GatherCompiler {
             else
                 a.fma_broadcast(entry.row, source, r11, value - at);
             fresh &= ~(1u << entry.row);
+            if (const int64_t count = i - begin + 1; count % kNonzerosPerFetch == 0)
+                a.prefetch(rbx, int32_t(count / kNonzerosPerFetch - 1) * 64);
             program->order.push_back(q.perm ? q.perm[entry.index] : entry.index);
         }
         a.move(r10, rdx);
@@ -149,8 +157,10 @@ class GatherCompiler {
         }
         a.add(rdi, r8);
         a.add(rdx, r9);
+        a.add(rbx, int32_t(fetches * 64));
         a.repeat_from(top, rcx);
         a.end_vectors();
+        a.pop(rbx);
         a.ret();
     }
 };
@@ -160,7 +170,7 @@ class GeneratedGather {
     explicit GeneratedGather(const Product& product) : q(product), g(product.geometry) {
         for (int64_t i = 0; i < q.plane_count; ++i) tilings.emplace_back(g, q.planes[i], generated_limits(q));
         split_work();
-        bypass = q.dest.n == 1 && result_bytes(q) > kBypassBytes;
+        bypass = result_bytes(q) > kBypassBytes;
     }
 
     // False if there is no program, for the reason in `problem` if that is not null.
@@ -250,11 +260,13 @@ class GeneratedGather {
                 float* to = stage + slot * stage_row;
                 const auto code = program.code->entry<GatherCode>(chunk.entry);
                 const float* bias = q.bias ? q.bias + chunk.row : nullptr;
+                const int64_t follower = i + 1 < int64_t(program.chunks.size()) ? i + 1 : 0;
+                const uint8_t* next = program.code->entry<const uint8_t*>(program.chunks[size_t(follower)].entry);
                 const auto compute_slice = [&](const Slice& slice) {
                     for (int64_t r = 0; r < slice.rows; ++r)
                         code(panel + (slice.row + r) * t.row_stride + slice.vector * run.step,
                              values + first_value[plane] + chunk.value, to + r * slice.vectors * kLanes, slice.vectors,
-                             run.step * 4, stage_vector * 4, stage_row * 4, bias);
+                             run.step * 4, stage_vector * 4, stage_row * 4, bias, next);
                 };
                 const int64_t stop = chunk.row + chunk.rows, band = (stop - 1) / kBandRows * kBandRows;
                 if (d.n == 1 && chunk.begins && chunk.ends) {
@@ -314,7 +326,7 @@ class GeneratedGather {
             for (int64_t r = row; r < end; r += 16)
                 transpose16(from + (r - row) * kLanes, kLanes, std::min<int64_t>(16, end - r),
                             d.data + r + (tile.n + v * kLanes) * d.n, d.n,
-                            std::min<int64_t>(kLanes, tile.lanes - v * kLanes), false);
+                            std::min<int64_t>(kLanes, tile.lanes - v * kLanes), false, bypass);
     }
 };
 

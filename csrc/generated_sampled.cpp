@@ -16,13 +16,16 @@ namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 128;
-constexpr int64_t kBlockVectors = 4;  // of lanes: with 128 rows 32 KB of G
-constexpr int64_t kGroup = 28;        // accumulators; the other four registers hold source vectors
-constexpr int64_t kGroupSlots = 32;   // floats that a group's sums take: two vectors
+constexpr int64_t kBlockRows = 48;
+constexpr int64_t kBlockVectors = 9;  // of lanes: with 48 rows 27 KB of G, and few sums of lanes
+constexpr int32_t kBlockLines = kBlockRows / kLanes;
+constexpr int64_t kGroup = 28;       // accumulators; the other four registers hold source vectors
+constexpr int64_t kGroupSlots = 32;  // floats that a group's sums take: two vectors
 
+// next: the part of G that is staged after this one, sample by sample `next_step` bytes apart. If its layout is
+// channels-last, some of it is fetched with every group, rather than all at once, for which the core would wait.
 using SampledCode = void (*)(const float* x, const float* grad, float* sums, int64_t vectors, int64_t x_step,
-                             int64_t grad_step, int64_t mask);
+                             int64_t grad_step, int64_t mask, const float* next, int64_t next_step);
 
 struct SampledBlock {  // some rows of one panel
     int64_t row, rows, entry, slot;
@@ -125,11 +128,16 @@ class SampledCompiler {
 
     void add_block(int64_t row, int64_t end, int64_t block) {
         const std::vector<Entry>& entries = nonzeros.sort(row, end, block);
-        if (entries.empty()) return;
+        if (entries.empty() && block > 0) return;  // in the first, all rows have a block: for the sums of G
         Assembler& a = assembler;
-        a.reserve(2 * entries.size() + (entries.size() / kGroup + 1) * 8 + 60);
+        // A channels-last G: the next block's rows are a few lines of every sample.
+        const size_t groups = (entries.size() + kGroup - 1) / kGroup;
+        const size_t samples = q.grad.n != 1 ? size_t(std::min(t.lanes, kBlockVectors * kLanes)) : 0;
+        a.reserve(2 * entries.size() + 8 * groups + samples * size_t(kBlockLines + 1) + 60);
         program->blocks.push_back({row, end - row, a.size(), program->slots});
-        a.load_argument(rax, 8);
+        a.push(rbx);
+        a.load_argument(rax, 8 + 8);
+        a.load_argument(rbx, 8 + 16);
         a.mask1_from_eax();
         a.move(r10, rdi);
         a.move(r11, rsi);
@@ -137,6 +145,11 @@ class SampledCompiler {
         for (int z = 0; z < kGroup; ++z) a.zero(z);
         for (size_t begin = 0; begin < entries.size(); begin += kGroup) {
             const size_t stop = std::min(begin + size_t(kGroup), entries.size());
+            const size_t group = begin / kGroup;
+            for (size_t n = group * samples / groups; n < (group + 1) * samples / groups; ++n) {
+                for (int32_t line = 0; line < kBlockLines; ++line) a.prefetch(rbx, line * 64);
+                a.add_argument(rbx, 8 + 24);
+            }
             const int64_t top = a.size();
             int source = 31;
             for (size_t i = begin; i < stop; ++i) {
@@ -156,6 +169,7 @@ class SampledCompiler {
             program->slots += kGroupSlots;
         }
         a.end_vectors();
+        a.pop(rbx);
         a.ret();
     }
 };
@@ -169,7 +183,7 @@ class GeneratedSampled {
     bool prepare(const char** problem) {
         if ((*problem = check_ends(p.row_ptr[0], p.row_ptr[g.groups * g.rows_per_group], q.nnz))) return false;
         Programs::Key key = t.key(g);
-        key.insert(key.begin(), 2);
+        key.insert(key.begin(), {2, q.grad.n != 1 ? 1 : 0});
         program =
             q.programs->find_or_make<SampledProgram>(key, [&] { return SampledCompiler(q, t).compile(problem); });
         return program != nullptr;
@@ -177,7 +191,7 @@ class GeneratedSampled {
 
     void run() {
         // Threads share out tiles, each summing its own; or, where tiles are too few for that, the rows of every tile.
-        const int64_t limit = std::max<int64_t>(1, kPartialBytes / 4 / program->slots);
+        const int64_t limit = std::max<int64_t>(1, kPartialBytes / 4 / std::max<int64_t>(part_floats(), 1));
         const TileCost cost(t, g, q.nnz);
         double least = 0;
         for (int64_t i = 1; i <= std::min<int64_t>({t.tiles(), limit, q.threads}); ++i) {
@@ -189,7 +203,8 @@ class GeneratedSampled {
             row_parts = each;
         }
         thread_local Scratch shared_sums;
-        sums = shared_sums.floats(size_t(tile_parts * program->slots));
+        // Sums of rows lie behind those of nonzeros, lane by lane.
+        sums = shared_sums.floats(size_t(tile_parts * part_floats()));
 #pragma omp parallel num_threads(q.threads)
         {
             thread_local Scratch panel_scratch, stage_scratch;
@@ -199,8 +214,17 @@ class GeneratedSampled {
 #pragma omp for schedule(static)
             for (int64_t j = 0; j < q.nnz; ++j) {
                 float total = 0;
-                for (int64_t i = 0; i < tile_parts; ++i) total += sums[i * program->slots + program->slot[size_t(j)]];
+                for (int64_t i = 0; i < tile_parts; ++i) total += sums[i * part_floats() + program->slot[size_t(j)]];
                 q.value_grad[j] = total;
+            }
+            if (q.row_sums) {
+#pragma omp for schedule(static)
+                for (int64_t row = 0; row < rows(); ++row) {
+                    float total = 0;
+                    for (int64_t i = 0; i < tile_parts; ++i)
+                        total += sum(load(sums + i * part_floats() + program->slots + row * kLanes));
+                    q.row_sums[row] = total;
+                }
             }
         }
     }
@@ -215,6 +239,9 @@ class GeneratedSampled {
     float* sums = nullptr;
     static constexpr int64_t kPartialBytes = 256 << 20;
 
+    int64_t rows() const { return g.groups * g.rows_per_group; }
+    int64_t part_floats() const { return program->slots + (q.row_sums ? rows() * kLanes : 0); }
+
     // Blocks of `panel` that row part `i` of row_parts begins with: cut by nonzeros.
     int64_t cut(int64_t panel, int64_t i) const {
         const int64_t begin = program->panel[size_t(panel)], end = program->panel[size_t(panel) + 1];
@@ -227,7 +254,7 @@ class GeneratedSampled {
     }
 
     void sum_tiles(int64_t tile_part, int64_t row_part, Scratch& panel_scratch, Scratch& stage_scratch) {
-        float* to = sums + tile_part * program->slots;
+        float* to = sums + tile_part * part_floats();
         for (int64_t panel = 0; panel + 1 < int64_t(program->panel.size()); ++panel) {
             const int64_t begin = cut(panel, row_part), end = cut(panel, row_part + 1);
             if (begin == end) continue;
@@ -235,6 +262,10 @@ class GeneratedSampled {
             const int64_t last =
                 end < int64_t(program->blocks.size()) ? program->blocks[size_t(end)].slot : program->slots;
             std::memset(to + first, 0, size_t(last - first) * sizeof(float));
+            for (int64_t i = begin; q.row_sums && i < end; ++i) {
+                const SampledBlock& block = program->blocks[size_t(i)];
+                std::memset(to + program->slots + block.row * kLanes, 0, size_t(block.rows * kLanes) * sizeof(float));
+            }
         }
         const int64_t tiles = t.tiles();
         for (int64_t i = tiles * tile_part / tile_parts; i < tiles * (tile_part + 1) / tile_parts; ++i)
@@ -246,26 +277,40 @@ class GeneratedSampled {
         float* panel = panel_scratch.floats(size_t(t.panel_floats() + run.vectors * kLanes));
         float* stage = stage_scratch.floats(size_t(kBlockRows * run.vectors * kLanes));
         int64_t index = 0;
-        for_each_panel(
-            t, g, 0, g.groups * g.rows_per_group, [&](int64_t, int64_t, int64_t, int64_t channel, int64_t count) {
-                const int64_t begin = cut(index, row_part), end = cut(index, row_part + 1);
-                ++index;
-                if (begin == end) return;
-                pack(t, tile, q, channel, count, panel);
-                for (int64_t i = begin; i < end; ++i)
-                    for (int64_t r = 0; r < tile.rows; ++r)
-                        sum_row(program->blocks[size_t(i)], tile, run, r, panel + r * t.row_stride, stage, to);
-            });
+        for_each_panel(t, g, 0, rows(), [&](int64_t, int64_t, int64_t part, int64_t channel, int64_t count) {
+            const int64_t begin = cut(index, row_part), end = cut(index, row_part + 1);
+            ++index;
+            if (begin == end) return;
+            pack(t, tile, q, channel, count, panel);
+            for (int64_t i = begin; i < end; ++i)
+                for (int64_t r = 0; r < tile.rows; ++r) {
+                    const bool last = r + 1 == tile.rows;
+                    const SampledBlock& block = program->blocks[size_t(i)];
+                    const SampledBlock& next = program->blocks[size_t(last && i + 1 < end ? i + 1 : i)];
+                    stage_grad(block, tile, run, r, stage);
+                    if (q.row_sums && part == 0) sum_staged(block, run, stage, to + program->slots);
+                    sum_row(block, run, panel + r * t.row_stride, stage, to, grad_of(next, tile, last ? 0 : r + 1));
+                }
+        });
+    }
+
+    static void sum_staged(const SampledBlock& block, const Run& run, const float* stage, float* to) {
+        for (int64_t row = 0; row < block.rows; ++row) {
+            vec total = load(to + (block.row + row) * kLanes);
+            for (int64_t v = 0; v < run.vectors; ++v) total += load(stage + (v * block.rows + row) * kLanes);
+            store(to + (block.row + row) * kLanes, total);
+        }
     }
 
     // One block of rows over one tile row, in stretches of lanes for which its part of G fits the first-level cache.
-    void sum_row(const SampledBlock& block, const Tile& tile, const Run& run, int64_t r, const float* x, float* stage,
-                 float* to) {
+    // `next`: the part of G that is staged after this one.
+    void sum_row(const SampledBlock& block, const Run& run, const float* x, const float* stage, float* to,
+                 const float* next) {
         const auto code = program->code->entry<SampledCode>(block.entry);
         const int64_t vector = block.rows * kLanes, whole = run.floats / kLanes, tail = run.floats % kLanes;
-        stage_grad(block, tile, run, r, stage);
         auto sum_vectors = [&](int64_t first, int64_t count, int64_t mask) {
-            code(x + first * run.step, stage + first * vector, to + block.slot, count, run.step * 4, vector * 4, mask);
+            code(x + first * run.step, stage + first * vector, to + block.slot, count, run.step * 4, vector * 4, mask,
+                 next + first * kLanes * q.grad.n, 4 * q.grad.n);
         };
         const int64_t stretches = (whole + kBlockVectors - 1) / kBlockVectors;
         for (int64_t i = 0; i < stretches; ++i) {
@@ -276,18 +321,21 @@ class GeneratedSampled {
         if (tail) sum_vectors(whole, 1, (1 << tail) - 1);
     }
 
+    const float* grad_of(const SampledBlock& block, const Tile& tile, int64_t r) const {
+        const View& d = q.grad;
+        return d.data + block.row * d.c + (tile.y + r) * d.y + tile.x * d.x + tile.n * d.n;
+    }
+
     // The block's rows of G over one tile row, as [vector][row][lane].
     void stage_grad(const SampledBlock& block, const Tile& tile, const Run& run, int64_t r, float* stage) const {
         const View& d = q.grad;
-        const float* from = d.data + block.row * d.c + (tile.y + r) * d.y + tile.x * d.x + tile.n * d.n;
+        const float* from = grad_of(block, tile, r);
         const int64_t vector = block.rows * kLanes;
         if (d.n != 1) {
             for (int64_t v = 0; v < run.vectors; ++v)
                 for (int64_t i = 0; i < block.rows; i += 16) {
                     const float* corner = from + i + v * kLanes * d.n;
                     const int64_t samples = std::min<int64_t>(kLanes, tile.lanes - v * kLanes);
-                    for (int64_t n = 0; n < samples; ++n)  // the next block's, while this one is computed
-                        prefetch(corner + block.rows + n * d.n);
                     transpose16(corner, d.n, samples, stage + v * vector + i * kLanes, kLanes,
                                 std::min<int64_t>(16, block.rows - i), true);
                 }

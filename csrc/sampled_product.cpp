@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "depthwise.h"
+#include "row_sums.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -177,7 +178,9 @@ class SampledProduct {
 }  // namespace
 
 const char* sampled_product(const Product& product) {
-    return is_depthwise(product) ? Depthwise(product).run() : SampledProduct(product).run();
+    const char* problem = is_depthwise(product) ? Depthwise(product).run() : SampledProduct(product).run();
+    if (problem == nullptr && product.row_sums != nullptr) sum_rows(product);
+    return problem;
 }
 
 }  // namespace SPARSE_FT_ISA

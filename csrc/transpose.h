@@ -29,9 +29,10 @@ inline void transpose8(vec8* r) {
 
 #if defined(__AVX512F__)
 
-// Of i < rows and j < cols, both at most 16, in registers. With `fill`, rows up to 16 are written as zeros.
+// Of i < rows and j < cols, both at most 16, in registers. With `fill`, rows up to 16 are written as zeros. With
+// `around`, whole, aligned vectors are written around the caches.
 inline void transpose16(const float* from, int64_t from_stride, int64_t rows, float* to, int64_t to_stride,
-                        int64_t cols, bool fill) {
+                        int64_t cols, bool fill, bool around = false) {
     const __mmask16 read = __mmask16((1u << cols) - 1), write = fill ? __mmask16(~0u) : __mmask16((1u << rows) - 1);
     vec a[16], b[16];
     for (int i = 0; i < 16; ++i) a[i] = i < rows ? vec(_mm512_maskz_loadu_ps(read, from + i * from_stride)) : vec{};
@@ -60,7 +61,10 @@ inline void transpose16(const float* from, int64_t from_stride, int64_t rows, fl
         b[8 + k] = odd(even0, even1);
         b[12 + k] = odd(odd0, odd1);
     }
-    for (int j = 0; j < cols; ++j) _mm512_mask_storeu_ps(to + j * to_stride, write, __m512(b[j]));
+    if (around && rows == 16 && (reinterpret_cast<uintptr_t>(to) | uintptr_t(to_stride) * 4) % sizeof(vec) == 0)
+        for (int j = 0; j < cols; ++j) store_around(to + j * to_stride, b[j]);
+    else
+        for (int j = 0; j < cols; ++j) _mm512_mask_storeu_ps(to + j * to_stride, write, __m512(b[j]));
 }
 
 inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,

@@ -27,7 +27,7 @@ def input_grad(
 ) -> None: ...  # fmt: skip
 def weight_grad(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int, grad_stride: _Sizes,
-    row_ptr: int, col: int, value_grad: int, nnz: int, programs: Programs | None,
+    row_ptr: int, col: int, value_grad: int, row_sums: int, nnz: int, programs: Programs | None,
     threads: int, norm: _Norm | None,
 ) -> None: ...  # fmt: skip
 def count_nonzero(weight: int, numel: int, threads: int) -> int: ...

@@ -43,9 +43,13 @@ class _Linear(_Weighted):
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = linear_input_grad(grad, values, pattern, *ctx.geometry)
-        if ctx.needs_input_grad[1]:
+        _, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        if needs_values and needs_bias:
+            grad_values, grad_bias = linear_weight_bias_grad(grad, x, pattern, *ctx.geometry)
+            grad_values, grad_bias = _like(grad_values, values), grad_bias.to(ctx.bias_dtype)
+        elif needs_values:
             grad_values = _like(linear_weight_grad(grad, x, pattern, *ctx.geometry), values)
-        if ctx.needs_input_grad[2]:
+        elif needs_bias:
             grad_bias = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         return grad_x, grad_values, grad_bias, None, None, None
 
@@ -268,6 +272,7 @@ linear, conv2d, norm_conv2d, batch_norm, max_pool2d, avg_pool2d, to_layout = (
     caller(name, function) for name, function in _DIFFERENTIABLE.items()
 )
 linear_input_grad, linear_weight_grad = caller("linear_input_grad"), caller("linear_weight_grad")
+linear_weight_bias_grad = caller("linear_weight_bias_grad")
 conv2d_input_grad, conv2d_weight_grad = caller("conv2d_input_grad"), caller("conv2d_weight_grad")
 norm_conv2d_weight_grad = caller("norm_conv2d_weight_grad")
 batch_norm_statistics, batch_norm_backward = caller("batch_norm_statistics"), caller("batch_norm_backward")

@@ -226,7 +226,7 @@ def conv2d_weight_grad(
     _native.weight_grad(
         convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
         dest.positions, grad.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(),
-        value_grad.data_ptr(), value_grad.numel(), programs(pattern), _conv_threads(value_grad.numel(), x, grad),
+        value_grad.data_ptr(), 0, value_grad.numel(), programs(pattern), _conv_threads(value_grad.numel(), x, grad),
         _norm_arguments(norm),
     )  # fmt: skip
     return value_grad
@@ -264,13 +264,16 @@ def linear_input_grad(grad, values, pattern, in_features, out_features, grad_x: 
     return grad_x
 
 
-def linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad: Tensor) -> Tensor:
+def linear_weight_grad(
+    grad, x, pattern, in_features, out_features, value_grad: Tensor, bias_grad: Tensor | None = None
+) -> Tensor:
+    """`bias_grad` gets the sum of the gradient over the tokens."""
     grad, _, grad_strides = _tokens(grad, out_features)
     x, size, strides = _tokens(x, in_features)
     conv = convolution((out_features, in_features, 1, 1), *_UNIT)
     _native.weight_grad(
         conv, size, x.data_ptr(), strides, (1, 1), grad.data_ptr(), grad_strides, pattern[0].data_ptr(),
-        pattern[1].data_ptr(), value_grad.data_ptr(), value_grad.numel(), programs(pattern),
+        pattern[1].data_ptr(), value_grad.data_ptr(), _pointer(bias_grad), value_grad.numel(), programs(pattern),
         _linear_threads(value_grad.numel(), x, grad, in_features), None,
     )  # fmt: skip
     return value_grad

@@ -14,6 +14,7 @@
     avg_pool2d        (N, C, H, W) -> sums over [rows, row_ends) x [columns, column_ends), scaled
     to_layout         a copy in another memory layout
     *_input_grad, *_weight_grad, batch_norm_backward    their gradients, operators too
+    linear_weight_bias_grad    both in one pass over the gradient
 
 Source of the three products: SparseProp (Nikdan et al., ICML 2023, arXiv 2302.04852).
 """
@@ -49,6 +50,7 @@ for _schema in (
     f"linear(Tensor x, Tensor values, Tensor? bias, Tensor[] pattern, {_LINEAR}) -> Tensor",
     f"linear_input_grad(Tensor grad, Tensor values, Tensor[] pattern, {_LINEAR}) -> Tensor",
     f"linear_weight_grad(Tensor grad, Tensor x, Tensor[] pattern, {_LINEAR}) -> Tensor",
+    f"linear_weight_bias_grad(Tensor grad, Tensor x, Tensor[] pattern, {_LINEAR}) -> (Tensor, Tensor)",
     f"conv2d(Tensor x, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}) -> Tensor",
     f"conv2d_input_grad(Tensor grad, Tensor values, Tensor[] pattern, {_CONV}, SymInt[] input_shape) -> Tensor",
     f"conv2d_weight_grad(Tensor grad, Tensor x, Tensor[] pattern, {_CONV}) -> Tensor",
@@ -139,6 +141,21 @@ def _linear_weight_grad(grad, x, pattern, in_features, out_features):
     if grad.numel() and x.numel():
         native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad)
     return value_grad
+
+
+def _linear_weight_bias_grad(grad, x, pattern, in_features, out_features):
+    check_features("the input", x, in_features)
+    check_same_shape("the gradient", grad, (*x.shape[:-1], out_features))
+    _check_linear(pattern, None, None, in_features, out_features)
+    if native_reason(grad, x):
+        value_grad = reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
+        return value_grad, grad.reshape(-1, out_features).sum(0)
+    value_grad, bias_grad = grad.new_zeros(_nnz(pattern)), grad.new_zeros(out_features)
+    if grad.numel() and x.numel():
+        native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad, bias_grad)
+    elif grad.numel():
+        torch.sum(grad.reshape(-1, out_features), 0, out=bias_grad)
+    return value_grad, bias_grad
 
 
 def _conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups):
@@ -341,6 +358,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "linear": _linear,
     "linear_input_grad": _linear_input_grad,
     "linear_weight_grad": _linear_weight_grad,
+    "linear_weight_bias_grad": _linear_weight_bias_grad,
     "conv2d": _conv2d,
     "conv2d_input_grad": _conv2d_input_grad,
     "conv2d_weight_grad": _conv2d_weight_grad,
@@ -376,6 +394,11 @@ def _(grad, values, pattern, in_features, out_features):
 @torch.library.register_fake("sparse_ft::linear_weight_grad")
 def _(grad, x, pattern, in_features, out_features):
     return grad.new_empty(_nnz(pattern))
+
+
+@torch.library.register_fake("sparse_ft::linear_weight_bias_grad")
+def _(grad, x, pattern, in_features, out_features):
+    return grad.new_empty(_nnz(pattern)), grad.new_empty(out_features)
 
 
 @torch.library.register_fake("sparse_ft::conv2d")

@@ -55,8 +55,13 @@ def test_linear(tokens, features, outputs, density, threads):
         _close(got, F.linear(x.double(), weight.double(), None if use_bias is None else bias.double()))
     got = native.linear_input_grad(grad, values, pattern.tensors, features, outputs, torch.empty(tokens, features))
     _close(got, grad.double() @ weight.double())
-    got = native.linear_weight_grad(grad, x, pattern.tensors, features, outputs, torch.empty_like(values))
-    _close(got, pattern.from_dense(grad.double().T @ x.double()))
+    for bias_grad in (None, torch.full_like(bias, torch.nan)):
+        got = native.linear_weight_grad(
+            grad, x, pattern.tensors, features, outputs, torch.empty_like(values), bias_grad
+        )
+        _close(got, pattern.from_dense(grad.double().T @ x.double()))
+        if bias_grad is not None:
+            _close(bias_grad, grad.double().sum(0))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -35,6 +35,7 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
         "linear": [(leaf(2, 3, 7), line_values, bias, *linear) for bias in (leaf(5), None)],
         "linear_input_grad": [(leaf(2, 3, 5), line_values, *linear)],
         "linear_weight_grad": [(leaf(2, 3, 5), leaf(2, 3, 7), *linear)],
+        "linear_weight_bias_grad": [(leaf(2, 3, 5), leaf(2, 3, 7), *linear)],
         "conv2d": [(leaf(*image), values, bias, *conv) for bias in (leaf(4), None)],
         "conv2d_input_grad": [(leaf(*grad), values, *conv, list(image))],
         "conv2d_weight_grad": [(leaf(*grad), leaf(*image), *conv)],
@@ -76,7 +77,8 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
 
 
 NAMES = [
-    "linear", "linear_input_grad", "linear_weight_grad", "conv2d", "conv2d_input_grad", "conv2d_weight_grad",
+    "linear", "linear_input_grad", "linear_weight_grad", "linear_weight_bias_grad", "conv2d", "conv2d_input_grad",
+    "conv2d_weight_grad",
     "norm_conv2d", "norm_conv2d_weight_grad", "batch_norm", "batch_norm_statistics", "batch_norm_backward",
     "max_pool2d", "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
 ]  # fmt: skip
