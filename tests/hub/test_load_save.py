@@ -373,6 +373,18 @@ def test_results_of_a_card_belong_to_a_dataset(resnet, tmp_path):
     assert results() == [] and "| accuracy | 0.875 |" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("text", ["user/name", "hf-hub:user/name", "recipe.yaml"])
+def test_the_text_of_a_recipe_is_never_taken_for_its_name(resnet, tmp_path, monkeypatch, text):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr("sparse_ft.recipes.source._read_file", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").touch()
+    save_pretrained(resnet, tmp_path / "out", recipe=text)
+    assert not asked
+    assert text in ModelCard.load(tmp_path / "out" / "README.md").text
+
+
 def test_card_of_a_transformers_model(bert, tmp_path):
     save_pretrained(bert, tmp_path)
     text = (tmp_path / "README.md").read_text()
