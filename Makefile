@@ -28,7 +28,7 @@ fuzz: $(VENV)/.sanitize  ## the native core fuzzed under both sanitizers (GCC): 
 	$(BIN)/cmake -C csrc/sanitize.cmake -DSPARSE_FT_FUZZ=ON -S csrc -B build/fuzz -DCMAKE_CXX_COMPILER=$(CXX) \
 		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/fuzz --target fuzz --parallel
-	build/fuzz/fuzz $(FUZZ_SECONDS) build/fuzz/crash $(FUZZ_SEED)
+	OMP_WAIT_POLICY=passive build/fuzz/fuzz $(FUZZ_SECONDS) build/fuzz/crash $(FUZZ_SEED)
 
 bench: $(VENV)/.bench  ## every figure of docs/benchmarks.md: an hour and more, on a machine that does nothing else
 	$(BIN)/python scripts/bench.py --json out/bench.json --page docs/benchmarks.md

@@ -191,16 +191,6 @@ float nth_magnitude(const float* x, int64_t count, int64_t n, int threads);  // 
 // 1 for the `keep` largest magnitudes; of equal ones the first.
 void mask_largest(const float* x, int64_t count, int64_t keep, uint8_t* mask, int threads);
 
-// ---- positions.cpp ---------------------------------------------------------------------------
-// The `count` rising positions below `numel` that a gap code of `size` bytes, or a bitmap of ceil(numel / 8), holds
-// (docs/format.md). Null, or what is wrong with the bytes; `positions` holds nothing of use then.
-const char* decode_gaps(const uint8_t* code, int64_t size, int64_t count, int64_t numel, int32_t* positions);
-const char* decode_bitmap(const uint8_t* bitmap, int64_t numel, int64_t count, int32_t* positions);
-// dense[positions[i]] = values[i], of float items of 2 or 4 bytes. How many of the values are zero; -1 if a position
-// is beyond the end of `dense`.
-int64_t scatter(const int32_t* positions, int64_t count, int64_t item_size, const void* values, int64_t numel,
-                void* dense);
-
 // ---- pattern.cpp -----------------------------------------------------------------------------
 int64_t count_nonzero(const float* weight, int64_t numel, int threads);
 int64_t count_true(const uint8_t* mask, int64_t numel, int threads);

@@ -14,6 +14,7 @@
 #include "block.h"
 #include "convolution.h"
 #include "dispatch.h"
+#include "positions.h"
 #include "programs.h"
 
 namespace py = pybind11;
@@ -210,11 +211,26 @@ PYBIND11_MODULE(_native, m) {
     m.def("decode_bitmap", [](Address bitmap, int64_t numel, int64_t count, Address positions) {
         decode([&] { return decode_bitmap(at<const uint8_t>(bitmap), numel, count, at<int32_t>(positions)); });
     });
-    m.def("scatter", [](Address positions, int64_t count, int64_t item_size, Address values, int64_t numel,
-                        Address dense) {
-        py::gil_scoped_release release;
-        return scatter(at<const int32_t>(positions), count, item_size, at<const void>(values), numel, at<void>(dense));
-    });
+    // Of each weight: address and size of its code, whether that is of gaps; address, number and size of its values;
+    // address and number of the elements that they go to. Gives back how many values are zero, and what is wrong.
+    m.def("unpack",
+          [](const std::vector<std::tuple<Address, int64_t, bool, Address, int64_t, int64_t, Address, int64_t>>& given,
+             int threads) {
+              std::vector<StoredWeight> weights;
+              for (const auto& [code, code_size, is_gaps, values, count, item_size, dense, numel] : given)
+                  weights.push_back({at<const uint8_t>(code), code_size, is_gaps, at<const void>(values), count,
+                                     item_size, at<void>(dense), numel, 0, nullptr});
+              {
+                  py::gil_scoped_release release;
+                  unpack(weights.data(), int64_t(weights.size()), threads);
+              }
+              std::vector<std::pair<int64_t, std::optional<std::string>>> results;
+              for (const StoredWeight& weight : weights) {
+                  results.emplace_back(weight.zeros, std::nullopt);
+                  if (weight.problem != nullptr) results.back().second = weight.problem;
+              }
+              return results;
+          });
 
     m.def("norm_forward",
           [](Address x, Address residual, int64_t channels, int64_t size, int activation, Address weight, Address bias,

@@ -1,9 +1,10 @@
-// Positions of the compact form of a weight (docs/format.md), from strangers' files: nothing is read or written beyond
-// the sizes given, whatever the bytes are.
+// Nothing is read or written beyond the sizes given, whatever the bytes are.
+#include "positions.h"
+
 #include <climits>
 #include <cstring>
-
-#include "api.h"
+#include <memory>
+#include <new>
 
 namespace sparse_ft {
 namespace {
@@ -88,6 +89,34 @@ int64_t scatter(const int32_t* positions, int64_t count, int64_t item_size, cons
                 void* dense) {
     const auto items = item_size == 4 ? scatter_items<uint32_t> : scatter_items<uint16_t>;
     return items(positions, count, values, numel, dense);
+}
+
+void unpack(StoredWeight* weights, int64_t count, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::unique_ptr<int32_t[]> positions;  // of one weight after the other; they stay in the cache
+        int64_t room = 0;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; ++i) {
+            StoredWeight& w = weights[i];
+            w.zeros = 0;
+            if (w.count > room || !positions) {
+                positions.reset(new (std::nothrow) int32_t[size_t(w.count > 0 ? w.count : 1)]);
+                room = positions ? w.count : 0;
+                if (!positions) {
+                    w.problem = "there is no memory for its positions";
+                    continue;
+                }
+            }
+            if (w.is_gaps)
+                w.problem = decode_gaps(w.code, w.code_size, w.count, w.numel, positions.get());
+            else if (w.code_size != w.numel / 8 + (w.numel % 8 != 0))
+                w.problem = "its bitmap is longer or shorter than such a weight's";
+            else
+                w.problem = decode_bitmap(w.code, w.numel, w.count, positions.get());
+            if (!w.problem) w.zeros = scatter(positions.get(), w.count, w.item_size, w.values, w.numel, w.dense);
+        }
+    }
 }
 
 }  // namespace sparse_ft

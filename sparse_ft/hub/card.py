@@ -104,7 +104,9 @@ def _methods(recipe: str | None) -> dict[str, str]:
     if recipe is None:
         return {}
     try:
-        modifiers = Recipe.load(f"{recipe}\n").modifiers  # a line break: it is a text, never a file's or repository's name
+        modifiers = Recipe.load(
+            f"{recipe}\n"
+        ).modifiers  # a line break: it is a text, never a file's or repository's name
     except RecipeError:
         return {}
     return {modifier.type_name: modifier.source for modifier in modifiers if modifier.source}

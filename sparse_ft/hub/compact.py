@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_ft.ops.positions import decode_bitmap, scatter
+from sparse_ft.ops.positions import StoredWeight, decode_bitmap
+from sparse_ft.ops.positions import unpack as unpack_weights
 
 from . import gaps
 from .bitmap import check_bitmap, pack_bits
@@ -101,27 +102,59 @@ def unpack(path: str | Path, *, own: bool = False) -> tuple[dict[str, Tensor], d
     Raises:
         ValueError: The file is not safetensors, not of this format or version, or contradicts itself.
     """
-    with open_safetensors(path) as file:
-        tensors = tensor_headers(file)
-        entries = read_index(path, file.metadata(), tensors)
-        parts = {part for entry in entries.values() for part in (entry.values, entry.positions)}
-        state_dict = {name: file.get_tensor(name) for name in tensors if name not in parts}
-        if own:
-            state_dict = {name: tensor.clone() for name, tensor in state_dict.items()}
+    unpacking = Unpacking(path, own=own)
+    unpacking.run(torch.get_num_threads())
+    return unpacking.state_dict, unpacking.masks()
+
+
+class Unpacking:
+    """The weights of a compact file on their way into dense memory.
+
+    The file's header is checked, and memory taken, when it is made; `run` needs nothing of Python, so that another
+    thread may do it meanwhile.
+
+    Attributes:
+        state_dict: Dense; the sparse weights in it are zero before `run`.
+        sparse: Names of those.
+    """
+
+    def __init__(self, path: str | Path, *, own: bool = False) -> None:
+        self._path = path
+        with open_safetensors(path) as file:
+            tensors = tensor_headers(file)
+            entries = read_index(path, file.metadata(), tensors)
+            parts = {part for entry in entries.values() for part in (entry.values, entry.positions)}
+            self.state_dict = {name: file.get_tensor(name) for name in tensors if name not in parts}
+            if own:
+                self.state_dict = {name: tensor.clone() for name, tensor in self.state_dict.items()}
+            zeros = _Zeros()
+            self._stored = {}
+            for name, entry in entries.items():
+                values, code = file.get_tensor(entry.values), file.get_tensor(entry.positions)
+                try:
+                    self._stored[name] = _stored(values, code, entry.shape, entry.dtype, entry.is_gaps, zeros)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {name}: {error}") from error
+                self.state_dict[name] = self._stored[name].dense.view(entry.shape)
+        self.sparse = set(self._stored)
+        self._results: list[tuple[int, str | None]] = []
+
+    def run(self, threads: int) -> None:
+        self._results = unpack_weights(list(self._stored.values()), threads)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Masks that the zeros of the weights do not tell, after `run`.
+
+        Raises:
+            ValueError: The positions of a weight are not as many as its values, or not of a weight of its shape.
+        """
         masks = {}
-        zeros = _Zeros()
-        for name, entry in entries.items():
-            values, positions = file.get_tensor(entry.values), file.get_tensor(entry.positions)
-            try:
-                weight, mask = dense_weight(
-                    values, positions, entry.shape, entry.dtype, is_gaps=entry.is_gaps, zeros=zeros
-                )
-            except ValueError as error:
-                raise ValueError(f"{path}: {name}: {error}") from error
-            state_dict[name] = weight
-            if mask is not None:
-                masks[name] = mask
-    return state_dict, masks
+        for (name, stored), (zeros, problem) in zip(self._stored.items(), self._results, strict=True):
+            if problem is not None:
+                raise ValueError(f"{self._path}: {name}: {problem}")
+            if zeros:
+                masks[name] = _mask(stored).view(self.state_dict[name].shape)
+        return masks
 
 
 def read_index(
@@ -148,34 +181,44 @@ def read_index(
 
 
 def dense_weight(
-    values: Tensor,
-    code: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    is_gaps: bool,
-    zeros: "_Zeros | None" = None,
+    values: Tensor, code: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, is_gaps: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A weight in dense layout, and its mask if that is not where the weight is not zero.
 
     Raises:
         ValueError: The positions are not as many as the values, or not of a weight of this shape.
     """
+    stored = _stored(values, code, shape, dtype, is_gaps, _Zeros())
+    [(zeros, problem)] = unpack_weights([stored], threads=1)
+    if problem is not None:
+        raise ValueError(problem)
+    return stored.dense.view(shape), _mask(stored).view(shape) if zeros else None
+
+
+def _stored(
+    values: Tensor, code: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_gaps: bool, zeros: "_Zeros"
+) -> StoredWeight:
+    """A weight that is ready to be unpacked.
+
+    Raises:
+        ValueError: Values and positions cannot be those of a weight of this shape.
+    """
     if values.dim() != 1:
         raise ValueError(f"its values have shape {tuple(values.shape)} instead of one dimension")
-    numel, count = math.prod(shape), len(values)
+    numel = math.prod(shape)
     if is_gaps:
-        positions = gaps.decode(code, count, numel)
-    else:
-        positions = decode_bitmap(code, count, numel)
-    values = values.to(dtype)
-    weight = (zeros or _Zeros()).take(numel, dtype)
-    mask = None
-    if scatter(values, positions, weight):
-        mask = torch.zeros(numel, dtype=torch.bool)
-        mask[positions] = True
-        mask = mask.view(shape)
-    return weight.view(shape), mask
+        gaps.check_count(len(values), numel)
+    elif len(values) > numel:
+        raise ValueError(f"{len(values)} values for a weight of {numel} elements")
+    return StoredWeight(code, is_gaps, values.to(dtype), zeros.take(numel, dtype))
+
+
+def _mask(stored: StoredWeight) -> Tensor:
+    """Of an unpacked weight, flat."""
+    decode = gaps.decode if stored.is_gaps else decode_bitmap
+    mask = torch.zeros(len(stored.dense), dtype=torch.bool)
+    mask[decode(stored.code, len(stored.values), len(stored.dense))] = True
+    return mask
 
 
 class _Zeros:

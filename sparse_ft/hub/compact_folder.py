@@ -5,12 +5,13 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import compact
 from .bitmap import MASK_FILE, read_masks
@@ -86,13 +87,53 @@ def read_compact_folder(folder: Path, *, own: bool = False) -> tuple[dict[str, T
     Raises:
         ValueError: A file is missing, of another format, or contradicts itself.
     """
-    state_dict: dict[str, Tensor] = {}
-    masks: dict[str, Tensor] = {}
-    for file_name in weight_files(folder):
-        weights, shard_masks = compact.unpack(folder / file_name, own=own)
-        state_dict |= weights
-        masks |= shard_masks
-    return state_dict, masks
+    reading = Reading(folder, own=own)
+    masks = reading.finish()
+    return reading.state_dict, masks
+
+
+class Reading:
+    """A compact form that is decoded by another thread while this one builds the model, which takes about as long.
+
+    Attributes:
+        state_dict: Dense. Until `finish` has returned, its sparse weights hold zeros or part of their values.
+        sparse: Names of those.
+
+    Raises:
+        ValueError: A file is missing, of another format, or contradicts itself.
+    """
+
+    def __init__(self, folder: Path, *, own: bool = False) -> None:
+        self._parts = [compact.Unpacking(folder / file_name, own=own) for file_name in weight_files(folder)]
+        self.state_dict = {name: tensor for part in self._parts for name, tensor in part.state_dict.items()}
+        self.sparse = {name for part in self._parts for name in part.sparse}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="sparse_ft-unpack")
+        self._done = self._worker.submit(self._run, torch.get_num_threads())
+        self._worker.shutdown(wait=False)
+
+    def _run(self, threads: int) -> None:
+        for part in self._parts:
+            part.run(threads)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Waits for the weights; the masks that their zeros do not tell.
+
+        Raises:
+            ValueError: The positions of a weight are not those of its values.
+        """
+        self._done.result()
+        return {name: mask for part in self._parts for name, mask in part.masks().items()}
+
+    def is_part_of(self, model: nn.Module) -> bool:
+        """Whether the model holds the very memory of each sparse weight, so that it gets what is decoded later."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        held = {parameter.data_ptr() for parameter in parameters.values()}
+        for name in self.sparse:
+            weight, parameter = self.state_dict[name], parameters.get(name)
+            replaced = parameter is not None and parameter.shape != weight.shape  # a new classifier
+            if weight.data_ptr() not in held and not replaced:
+                return False
+        return True
 
 
 def has_weights(folder: Path) -> bool:

@@ -42,9 +42,14 @@ def decode(code: Tensor, count: int, numel: int) -> Tensor:
     Raises:
         ValueError: The code is not one of `count` positions below `numel`.
     """
+    check_count(count, numel)
+    return decode_gaps(code, count, numel)
+
+
+def check_count(count: int, numel: int) -> None:
+    """Raise ValueError unless `count` of `numel` positions are stored as gaps."""
     if not 0 < count <= numel <= MAX_SPREAD * count:
         raise ValueError(f"{count} of {numel} positions are not stored as gaps")
-    return decode_gaps(code, count, numel)
 
 
 def _best_remainder(gaps: NDArray[np.int64], numel: int) -> int:

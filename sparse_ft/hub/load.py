@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -19,7 +20,7 @@ from sparse_ft.nn import SparseModule
 from . import timm_models, transformers_models
 from .bitmap import MASK_FILE, read_masks
 from .compact import COMPACT_FOLDER
-from .compact_folder import read_compact_folder
+from .compact_folder import Reading, read_compact_folder
 from .errors import ModelError
 from .foreign import bitmask, fit, read_checkpoint, renamed
 from .limits import check_config, check_file_size
@@ -161,10 +162,15 @@ def _load(
     if model_args and source.architecture is None:
         raise ModelError(f"model_args are for timm/ARCHITECTURE; {str(name_or_path)!r} has its own in config.json")
     if source.folder is not None and not _is_timm(_read_config(source.folder)):
-        weights, masks = given or _read_weights(source)
-        model = transformers_models.load(
-            source.folder, weights, task=task, num_labels=num_labels, label_names=label_names, dtype=dtype
-        )
+        build = partial(
+            transformers_models.load, source.folder, task=task, num_labels=num_labels, label_names=label_names,
+            dtype=dtype,
+        )  # fmt: skip
+        if given is None and source.compact:
+            model, masks = _built_meanwhile(build, source.folder / COMPACT_FOLDER)
+        else:
+            weights, masks = given or _read_weights(source)
+            model = build(weights)
         return model, _fitting(masks, model, source.folder, new_labels=num_labels is not None)
     if task not in (None, "image-classification"):
         raise ModelError(f"{str(name_or_path)!r} is a timm model: its task is image-classification, not {task}")
@@ -277,6 +283,25 @@ def _read_weights(source: ModelSource, *, own: bool = False) -> tuple[dict[str, 
         raise
     except ValueError as error:
         raise ModelError(str(error)) from error
+
+
+def _built_meanwhile(build: Callable[[dict[str, Tensor]], nn.Module], folder: Path) -> tuple[nn.Module, Masks]:
+    """The model that `build` makes of a state dict, while the compact form in `folder` is decoded into that; masks."""
+    random_state = torch.get_rng_state()  # a new classifier may be drawn
+    try:
+        reading = Reading(folder)
+        try:
+            model = build(reading.state_dict)
+        finally:
+            masks = reading.finish()
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if not reading.is_part_of(model):  # weights were converted or joined before they were there
+        torch.set_rng_state(random_state)
+        model = build(reading.state_dict)
+    return model, masks
 
 
 def _fitting(masks: Masks, model: nn.Module, folder: Path, *, new_labels: bool) -> Masks:

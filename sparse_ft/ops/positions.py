@@ -1,5 +1,8 @@
 """Positions of the compact form of a weight (docs/format.md), decoded by the native core."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,27 +33,48 @@ def decode_bitmap(bitmap: Tensor, count: int, numel: int) -> Tensor:
     return positions
 
 
-def scatter(values: Tensor, positions: Tensor, dense: Tensor) -> int:
-    """Writes values to positions (int32) of the flattened `dense`, which is contiguous and of their type.
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight as a file holds it, and where it goes.
+
+    Attributes:
+        code: uint8, of its positions.
+        is_gaps: Whether that is a gap code; otherwise a bitmap.
+        values: One-dimensional, of 2 or 4 bytes.
+        dense: One-dimensional, of the same type, zero everywhere.
+    """
+
+    code: Tensor
+    is_gaps: bool
+    values: Tensor
+    dense: Tensor
+
+    def __post_init__(self) -> None:
+        values, dense = self.values, self.dense
+        if values.dtype != dense.dtype or values.element_size() not in (2, 4) or values.dim() != 1 != dense.dim():
+            raise ValueError(f"{values.dtype} values do not go into a weight of {dense.dtype}")
+        if not (values.is_contiguous() and dense.is_contiguous()):
+            raise ValueError("values and weight must be contiguous")
+        _check(self.code, len(values), len(dense))
+
+
+def unpack(weights: Sequence[StoredWeight], threads: int) -> list[tuple[int, str | None]]:
+    """Writes values to their positions, without Python's lock.
 
     Returns:
-        How many of the values are zero.
-
-    Raises:
-        ValueError: The types differ or have no 2 or 4 bytes, there are not as many values as positions, or a position
-            is not in `dense`.
+        For each weight how many of its values are zero, and what is wrong with its positions if anything is; it is
+        left as it was then.
     """
-    if values.dtype != dense.dtype or values.element_size() not in (2, 4) or values.shape != positions.shape:
-        raise ValueError(f"{values.numel()} {values.dtype} do not go to {positions.numel()} places of {dense.dtype}")
-    if positions.dtype != torch.int32 or not all(each.is_contiguous() for each in (values, positions, dense)):
-        raise ValueError("positions must be int32, and everything contiguous")
-    zeros = _native.scatter(
-        positions.data_ptr(), positions.numel(), values.element_size(), values.data_ptr(), dense.numel(),
-        dense.data_ptr(),
+    return _native.unpack(
+        [
+            (
+                each.code.data_ptr(), each.code.numel(), each.is_gaps, each.values.data_ptr(), len(each.values),
+                each.values.element_size(), each.dense.data_ptr(), len(each.dense),
+            )
+            for each in weights
+        ],
+        threads,
     )  # fmt: skip
-    if zeros < 0:
-        raise ValueError(f"a position is beyond the {dense.numel()} elements of the weight")
-    return zeros
 
 
 def _check(code: Tensor, count: int, numel: int) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparse_ft.hub import bitmap, compact, gaps
+from sparse_ft.hub import bitmap, compact, compact_folder, gaps
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -392,3 +393,45 @@ def test_mask_file_round_trip(path):
     assert torch.equal(bitmap.read_masks(path)["conv.weight"], masks["conv.weight"])
     with pytest.raises(ValueError, match="sparse_ft.format"):
         compact.unpack(path)
+
+
+def test_reading_a_folder_fills_the_memory_that_it_gave(tmp_path):
+    weight = torch.randn(40, 60) * (torch.rand(40, 60) < 0.1)
+    folder = a_compact_folder(tmp_path, weight)
+    reading = compact_folder.Reading(folder)
+    given = reading.state_dict["weight"]
+    masks = reading.finish()
+    assert reading.sparse == {"weight"} and not masks
+    assert torch.equal(given, weight) and torch.equal(reading.state_dict["bias"], torch.ones(40))
+
+
+def test_reading_tells_whether_a_model_holds_its_memory(tmp_path):
+    weight = torch.randn(40, 60) * (torch.rand(40, 60) < 0.1)
+    reading = compact_folder.Reading(a_compact_folder(tmp_path, weight))
+    model = torch.nn.Linear(60, 40)
+    assert not reading.is_part_of(model)
+    model.load_state_dict(reading.state_dict, assign=True)
+    reading.finish()
+    assert reading.is_part_of(model) and torch.equal(model.weight, weight)
+    assert reading.is_part_of(torch.nn.Linear(60, 7))  # a new classifier in its place
+    assert not reading.is_part_of(torch.nn.Sequential(model.double()))  # converted, and so copied
+
+
+def test_damaged_positions_are_found_when_reading_ends(tmp_path):
+    folder = a_compact_folder(tmp_path, torch.eye(40, 60))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["weight.gaps"][-1] = 0
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    reading = compact_folder.Reading(folder)
+    with pytest.raises(ValueError, match="model.safetensors: weight: the code of its gaps is longer or shorter"):
+        reading.finish()
+
+
+def a_compact_folder(tmp_path, weight):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"weight": weight, "bias": torch.ones(len(weight))}, tmp_path / "model.safetensors")
+    assert compact_folder.write_compact_folder(tmp_path, tmp_path / "sparse")
+    return tmp_path / "sparse"

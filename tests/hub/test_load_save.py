@@ -413,3 +413,17 @@ def test_image_model_of_transformers_is_measured_on_images_of_its_size(tmp_path)
     sparse_ft.prune(model, 0.9)
     save_pretrained(model, tmp_path)
     assert from_pretrained(tmp_path).config.image_size == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compact_and_dense_weights_give_the_same_transformers_model(bert, tmp_path, dtype):
+    # In another type the weights are copied, before they are all there: the model is built again.
+    save_pretrained(bert, tmp_path)
+    labels = {"task": "text-classification", "num_labels": 7, "convert": False, "dtype": dtype}
+    models = []
+    for form in ("dense", "compact"):
+        torch.manual_seed(0)  # of the new classifier
+        models.append(from_pretrained(tmp_path, form=form, **labels))
+    dense, read = (model.state_dict() for model in models)
+    assert dense.keys() == read.keys() and all(torch.equal(dense[name], read[name]) for name in dense)
+    assert int(torch.count_nonzero(read["bert.encoder.layer.0.intermediate.dense.weight"]))

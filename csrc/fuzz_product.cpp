@@ -1,0 +1,181 @@
+// The two products over a pattern, as operators call them (api.h, convolution.h). What must hold, besides the
+// sanitizers' silence:
+//   - a product accepts a pattern if and only if it is well-formed, and writes nothing if it is not;
+//   - of a well-formed one it computes what plain loops compute, on every instruction set.
+#include "convolution.h"
+#include "fuzz.h"
+#include "programs.h"
+
+namespace sparse_ft {
+namespace fuzz {
+
+void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
+    Convolution c{};
+    c.groups = in.number(1, 4);
+    c.weight = {in.number(0, 24), in.number(0, 20), in.number(1, 4), in.number(1, 4)};
+    if (in.byte() % 2) c.weight[0] = std::clamp<int64_t>(c.weight[0], -1, 64) * std::clamp<int64_t>(c.groups, -1, 8);
+    if (in.byte() % 4 == 0) c.groups = c.weight[0], c.weight[1] = 1;  // depthwise
+    if (in.byte() % 4 == 0) c.weight[2] = c.weight[3] = 1;
+    for (int i = 0; i < 2; ++i) {
+        c.stride[size_t(i)] = in.number(1, 3);
+        c.padding[size_t(i)] = in.number(0, 3);
+        c.dilation[size_t(i)] = in.number(1, 3);
+    }
+    // The two ways in which the core is called: a convolution in batch-last layout, a linear layer token by token.
+    const bool batch_last = in.byte() % 3 != 0;
+    if (!batch_last) {
+        c.weight[2] = c.weight[3] = 1;
+        c.stride = c.dilation = {1, 1};
+        c.padding = {0, 0};
+    }
+    check(c);
+    const int64_t rows = c.weight[0], channels = c.weight[1] * c.groups, taps = c.weight[2] * c.weight[3];
+    const int64_t cols = c.weight[1] * taps, phases = c.stride[0] * c.stride[1];
+    const int64_t n = in.number(0, 40), height = batch_last ? in.number(1, 12) : 1,
+                  width = batch_last ? in.number(1, 12) : 1;
+    product_of({n, height, width});
+    Two out;
+    for (int i = 0; i < 2; ++i) {
+        const int64_t after = batch_last ? in.number(0, 3) : 0;  // padding below and to the right
+        const int64_t extent = (i ? width : height) + c.padding[size_t(i)] + after;
+        const int64_t reach = c.dilation[size_t(i)] * (c.weight[size_t(2 + i)] - 1) + 1;
+        if (after < 0 || after > (1 << 20) || extent < reach) throw TooLarge();
+        out[size_t(i)] = (extent - reach) / c.stride[size_t(i)] + 1;
+    }
+    const bool at_end = in.byte() % 2;
+    Floats x(product_of({n, channels, height, width}), guarded, at_end),
+        y(product_of({n, rows, out[0], out[1]}), guarded, at_end);
+    const View vx = layout(x.get(), n, channels, height, width, batch_last);
+    const View vy = layout(y.get(), n, rows, out[0], out[1], batch_last);
+
+    // The pattern of a random mask, through the functions that make patterns.
+    const int64_t numel = product_of({rows, cols});
+    const uint8_t density = in.byte();
+    const uint32_t seed = in.word();
+    std::minstd_rand random(seed + 1);
+    Buffer<uint8_t> mask(numel, guarded);
+    Floats weight(numel, guarded);
+    fill(weight, seed);
+    for (int64_t i = 0; i < numel; ++i) mask[i] = random() % 256 <= density;
+    const int threads = int(in.small(1, 3));
+    const int64_t nnz = count_true(mask.get(), numel, threads);
+    const int64_t t_rows = product_of({phases, channels});
+    Ints row_ptr(rows + 1, guarded), col(nnz, guarded), t_row_ptr(t_rows + 1, guarded), t_col(nnz, guarded),
+        perm(nnz, guarded);
+    Floats values(nnz, guarded), bias(rows, guarded), value_grad(nnz, guarded);
+    build_rows(weight.get(), mask.get(), rows, cols, row_ptr.get(), col.get(), values.get(), threads);
+    if (validate_rows(row_ptr.get(), rows, col.get(), nnz, cols) != nullptr) fail("a built pattern is malformed");
+    const PatternShape shape = pattern_shape(c);
+    build_transpose(shape, row_ptr.get(), col.get(), t_row_ptr.get(), t_col.get(), perm.get(), threads);
+    if (validate_rows(t_row_ptr.get(), t_rows, t_col.get(), nnz, c.out_per_group() * taps) != nullptr)
+        fail("a transposed pattern is malformed");
+    fill(bias, seed + 1);
+    // A norm that the source goes through as it is packed; now and then one of numbers that are none.
+    const uint8_t with_norm = batch_last ? in.byte() : 0;
+    const bool is_odd = with_norm > 240;
+    Floats mean(channels, guarded), scale(channels, guarded), offset(channels, guarded);
+    fill(mean, seed + 4), fill(scale, seed + 5), fill(offset, seed + 6);
+    if (is_odd) spoil(mean.get(), channels, seed), spoil(scale.get(), channels, seed + 1);
+    const SourceNorm norm{mean.get(), scale.get(), offset.get(), Activation(with_norm % 7)};
+
+    const int which = int(in.small(0, 2));
+    bool spoilt = false;
+    std::vector<int32_t> t_before(t_col.get(), t_col.get() + nnz);
+    for (int64_t i = in.byte() % 4 == 0 ? in.small(1, 3) : 0; i > 0; --i) {
+        const Ints* arrays[] = {&row_ptr, &col, &t_row_ptr, &t_col, &perm};
+        const Ints& array = *arrays[which == 1 ? 2 + in.byte() % 3 : in.byte() % 2];
+        if (array.size() == 0) continue;
+        int32_t& entry = array[in.word() % array.size()];
+        const int32_t value = in.byte() % 2 ? int32_t(in.word()) : entry + int32_t(in.small(0, 8)) - 4;
+        spoilt |= value != entry;
+        entry = value;
+    }
+    std::snprintf(
+        described, sizeof described,
+        "%s product %d: weight %ld %ld %ld %ld, groups %ld, stride %ld %ld, padding %ld %ld, dilation %ld %ld, "
+        "input %ld %ld %ld, output %ld %ld, batch-last %d, nnz %ld, threads %d, norm %d",
+        kernels.name, which, long(c.weight[0]), long(c.weight[1]), long(c.weight[2]), long(c.weight[3]),
+        long(c.groups), long(c.stride[0]), long(c.stride[1]), long(c.padding[0]), long(c.padding[1]),
+        long(c.dilation[0]), long(c.dilation[1]), long(n), long(height), long(width), long(out[0]), long(out[1]),
+        batch_last, long(nnz), threads, with_norm);
+    const bool well_formed = validate_rows(row_ptr.get(), rows, col.get(), nnz, cols) == nullptr;
+    Programs programs;
+    const int repeats = guarded ? 2 : 1;  // the second time, a generated program is found
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+        const char* problem = nullptr;
+        std::vector<double> expected, size;
+        if (which == 0 || which == 2) {
+            ForwardProduct f(c, {n, channels, height, width}, vx, out, row_ptr.get(), col.get(), nnz, &programs,
+                             threads);
+            fill(x, seed + 2);
+            f.product.values = values.get();
+            f.product.norm = with_norm > 127 ? &norm : nullptr;
+            const bool with_bias = seed % 2;
+            if (which == 0) {
+                f.product.bias = with_bias ? bias.get() : nullptr;
+                f.product.dest = vy;
+                problem = kernels.gather_product(f.product);
+            } else {
+                fill(y, seed + 3);
+                f.product.grad = vy;
+                f.product.value_grad = value_grad.get();
+                problem = kernels.sampled_product(f.product);
+            }
+            if ((problem == nullptr) != well_formed) fail("a product judges a pattern other than validate_rows");
+            if (problem != nullptr || (f.product.norm && is_odd)) continue;
+            expected.assign(size_t(which ? nnz : y.size()), 0);
+            size.assign(expected.size(), 0);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t b = 0; b < n; ++b)
+                    for (int64_t oy = 0; oy < out[0]; ++oy)
+                        for (int64_t ox = 0; ox < out[1]; ++ox) {
+                            const size_t place = size_t(&at(vy, b, r, oy, ox) - y.get());
+                            if (which == 0 && with_bias) expected[place] = bias[r];
+                            for (int32_t j = row_ptr[r]; j < row_ptr[r + 1]; ++j) {
+                                const int64_t tap = col[j] % taps;
+                                const int64_t channel = r / c.out_per_group() * c.weight[1] + col[j] / taps;
+                                const int64_t sy = oy * c.stride[0] + tap / c.weight[3] * c.dilation[0] - c.padding[0];
+                                const int64_t sx = ox * c.stride[1] + tap % c.weight[3] * c.dilation[1] - c.padding[1];
+                                if (sy < 0 || sy >= height || sx < 0 || sx >= width) continue;
+                                double s = at(vx, b, channel, sy, sx);
+                                if (f.product.norm)
+                                    s = activated(norm.activation,
+                                                  (s - mean[channel]) * scale[channel] + offset[channel]);
+                                const double term = s * (which ? at(vy, b, r, oy, ox) : values[j]);
+                                expected[which ? size_t(j) : place] += term;
+                                size[which ? size_t(j) : place] += std::abs(term);
+                            }
+                        }
+            compare(which ? value_grad.get() : y.get(), expected, size, "a product differs from plain loops");
+        } else {
+            InputGradProduct g(c, {n, channels, height, width}, vy, out, vx, t_row_ptr.get(), t_col.get(), perm.get(),
+                               values.get(), nnz, &programs, threads);
+            fill(y, seed + 3);
+            problem = kernels.gather_product(g.product);
+            if (problem != nullptr && !spoilt) fail("an input gradient refuses a well-formed pattern");
+            if (problem != nullptr || spoilt) continue;
+            expected.assign(size_t(x.size()), 0);
+            size.assign(expected.size(), 0);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int32_t j = row_ptr[r]; j < row_ptr[r + 1]; ++j) {
+                    const int64_t tap = col[j] % taps;
+                    const int64_t channel = r / c.out_per_group() * c.weight[1] + col[j] / taps;
+                    for (int64_t b = 0; b < n; ++b)
+                        for (int64_t oy = 0; oy < out[0]; ++oy)
+                            for (int64_t ox = 0; ox < out[1]; ++ox) {
+                                const int64_t sy = oy * c.stride[0] + tap / c.weight[3] * c.dilation[0] - c.padding[0];
+                                const int64_t sx = ox * c.stride[1] + tap % c.weight[3] * c.dilation[1] - c.padding[1];
+                                if (sy < 0 || sy >= height || sx < 0 || sx >= width) continue;
+                                const size_t place = size_t(&at(vx, b, channel, sy, sx) - x.get());
+                                const double term = double(values[j]) * at(vy, b, r, oy, ox);
+                                expected[place] += term;
+                                size[place] += std::abs(term);
+                            }
+                }
+            compare(x.get(), expected, size, "a product differs from plain loops");
+        }
+    }
+}
+
+}  // namespace fuzz
+}  // namespace sparse_ft
