@@ -11,7 +11,7 @@ from torch import nn
 
 from sparse_ft.conversion import ConversionReport, LayerConversion, to_dense
 from sparse_ft.footprint import Footprint, measure_footprint
-from sparse_ft.nn import SparseModule
+from sparse_ft.nn import SparseModule, survives_channels_last
 from sparse_ft.steps import inference_step, make_optimizer, to_channels_last, training_step
 from sparse_ft.tables import format_table
 from sparse_ft.tune import interleaved_medians
@@ -46,6 +46,8 @@ def variants(model: nn.Module, batch: Any, *, dense: nn.Module | None = None, bf
             yield Variant("dense bf16", copy.deepcopy(dense), batch, bf16=True)
         return
     yield Variant("dense contiguous", copy.deepcopy(dense), batch)
+    if not all(survives_channels_last(module) for module in dense.modules() if isinstance(module, nn.Conv2d)):
+        return
     for name, in_bf16 in [("dense channels_last", False), ("dense bf16 channels_last", True)][: 1 + bf16]:
         other: Any = copy.deepcopy(dense)
         yield Variant(name, other.to(memory_format=torch.channels_last), to_channels_last(batch), in_bf16)

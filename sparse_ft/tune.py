@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn import SparseConv2d, SparseModule, follow_layout
+from sparse_ft.nn import SparseConv2d, SparseModule, follow_layout, survives_channels_last
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, active_isa
 from sparse_ft.ops.gradients import to_layout
 from sparse_ft.steps import inference_step, to_channels_last, training_step
@@ -142,7 +142,7 @@ def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False, 
             rivals = {"dense": step(dense, batch_last)}
         else:
             rivals = {"dense": step(dense, x)}
-            if x.dim() == 4:
+            if x.dim() == 4 and (not trained or survives_channels_last(dense)):  # type: ignore[arg-type]
                 other = copy.deepcopy(dense).to(memory_format=torch.channels_last)
                 rivals["dense channels_last"] = step(other, as_layout(x, CHANNELS_LAST))
     else:
@@ -154,16 +154,19 @@ def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False, 
 def time_step(dense: nn.Module, sparse: nn.Module, batch: Any) -> Timing:
     """Times forward and backward of a whole model (forward alone where nothing in it is trained).
 
-    Convolutions of the dense model run in channels_last layout. Both models are changed: give copies.
+    Convolutions of the dense model run in channels_last layout, unless torch cannot train one in it. Both models are
+    changed: give copies.
     """
-    if any(isinstance(module, nn.Conv2d) for module in dense.modules()):
-        dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = any(parameter.requires_grad for parameter in dense.parameters())
+    convolutions = [module for module in dense.modules() if isinstance(module, nn.Conv2d)]
+    last = bool(convolutions) and (not trained or all(map(survives_channels_last, convolutions)))
+    if last:
+        dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def run(model: nn.Module, batch: Any) -> Callable[[], None]:
         return training_step(model, batch, None) if trained else inference_step(model, batch)
 
-    return duel({"dense": run(dense, to_channels_last(batch))}, run(sparse, batch), _STEP_BUDGET_S)
+    return duel({"dense": run(dense, to_channels_last(batch) if last else batch)}, run(sparse, batch), _STEP_BUDGET_S)
 
 
 def layer_key(sparse: SparseModule, shape: torch.Size, *, inside: bool, trained: bool) -> str:

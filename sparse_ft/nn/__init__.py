@@ -1,7 +1,7 @@
 """Layers: sparse linear and convolution, stock modules that follow their layout, frozen masks of dense layers."""
 
 from sparse_ft.nn.conv import SparseConv2d
-from sparse_ft.nn.dense import LayoutConv
+from sparse_ft.nn.dense import LayoutConv, survives_channels_last
 from sparse_ft.nn.frozen import FrozenMasks, freeze_masks
 from sparse_ft.nn.linear import SparseLinear, is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
@@ -29,4 +29,5 @@ __all__ = [
     "restore_stock",
     "stock_type",
     "suits_varying",
+    "survives_channels_last",
 ]

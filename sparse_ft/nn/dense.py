@@ -14,10 +14,20 @@ from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, is_batch_last, native_reaso
 from sparse_ft.ops.gradients import to_layout
 
 
+def survives_channels_last(conv: nn.Conv2d) -> bool:
+    """Whether torch can compute the gradients of a convolution in channels_last layout.
+
+    Its oneDNN (torch 2.14) reads beyond its memory in the backward pass of a strided 1x1 convolution of fewer than 16
+    input channels, which ends the process; in contiguous layout it does not.
+    """
+    strided = max(conv.stride) > 1 and max(conv.kernel_size) == 1
+    return not (strided and conv.in_channels // conv.groups < 16)
+
+
 @adapts("torch.nn", "Conv2d")
 @adapts("timm.layers", "Conv2dSame")
 class LayoutConv(nn.Module):
-    """A dense convolution: channels_last inside, batch-last outside."""
+    """A dense convolution: channels_last inside, where torch can do it, and batch-last outside."""
 
     weight: nn.Parameter
 
@@ -26,7 +36,8 @@ class LayoutConv(nn.Module):
             return super().forward(x)
         if is_batch_last(x) and not x.is_contiguous():
             x = to_layout(x, CHANNELS_LAST)
-        y = super().forward(x.contiguous(memory_format=torch.channels_last))
+        inside = torch.channels_last if survives_channels_last(self) else torch.contiguous_format  # type: ignore[arg-type]
+        y = super().forward(x.contiguous(memory_format=inside))
         if native_reason(y) is not None or is_batch_last(y):
             return y
         return to_layout(y, BATCH_LAST)

@@ -633,3 +633,18 @@ def test_to_dense_of_a_dense_model_changes_nothing():
     model = small_cnn()
     before = str(model)
     assert sparse_ft.to_dense(model) is model and str(model) == before
+
+
+def test_measuring_leaves_out_a_layout_in_which_torch_crashes():
+    # The backward pass of torch's own strided 1x1 convolutions of few channels ends the process in channels_last.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 1, stride=2), nn.ReLU())
+    model.append(nn.Conv2d(16, 16, 3))
+    sparse_ft.prune(model, 0.9)
+    report = sparse_ft.convert(model, torch.randn(16, 3, 56, 56))
+    assert {layer.name: layer.dense_ms is not None for layer in report.layers}["2"]
+    dense = nn.Sequential(nn.Conv2d(8, 16, 1, stride=2), nn.Conv2d(16, 16, 3))
+    sparse_ft.prune(dense, 0.9, ignore=["0"])
+    sparse_ft.convert(dense, policy="always")  # the first one stays dense, between layouts
+    dense(torch.randn(16, 8, 56, 56)).sum().backward()
+    assert dense[0].weight.grad.isfinite().all()
