@@ -13,15 +13,15 @@ sst2               MiniLM-L6 on SST-2: movement pruning, and second-order prunin
 
 All runs of a study start from the same weights and see the same batches. Each leaves RUN.json in
 OUTPUT/STUDY, with a point for every evaluation, as soon as it has that; `results.md` and `results.png` gather what is
-there. A run that is finished is not repeated.
+there. A run that is finished is not repeated; one that was stopped goes on from its last evaluation.
 """
 
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,11 +42,13 @@ from transformers import TrainerCallback
 
 from sparse_ft import Recipe, SparseTrainer, SparseTrainingArguments
 from sparse_ft.atomic import replacing
+from sparse_ft.checkpoint import last_checkpoint
 from sparse_ft.data import load_data, prepare
 from sparse_ft.masks import sparsity
 from sparse_ft.nn import SparseModule
 
 POINTS = 3  # evaluations of a run
+SO_FAR = "measured.json"  # in a checkpoint: what was measured until then
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -59,6 +61,7 @@ class Study:
         runs: recipe file and its arguments by the name of the run; no file trains dense.
         optimizer: class and its arguments, the learning rate among them for runs that do not set it.
         tuned: runs that start from the weights that the run "dense" ends with; the first one must be over.
+        training: training arguments of a run, beside those that all have.
     """
 
     load: Callable[[Path, int], dict[str, Any]]
@@ -67,6 +70,7 @@ class Study:
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]]
     runs: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     tuned: tuple[str, ...] = ()
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def resnet20_for_cifar(data: Path, *, pretrained: bool) -> CifarResNet:
@@ -254,6 +258,17 @@ class Points(TrainerCallback):
     def _go_on(self) -> None:
         self.since, self.cpu_since = time.perf_counter(), time.process_time()
 
+    def on_save(self, args, state, control, **kwargs):
+        so_far = {"result": self.result, "spent": self.spent, "cpu": self.cpu}
+        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / SO_FAR, so_far)
+        self._go_on()
+
+    def resume(self, checkpoint: str) -> None:
+        """Takes over what was measured until the checkpoint."""
+        so_far = json.loads((Path(checkpoint) / SO_FAR).read_text())
+        self.result.update(so_far["result"])
+        self.spent, self.cpu = so_far["spent"], so_far["cpu"]
+
     def on_step_end(self, args, state, control, **kwargs):
         # Evaluation comes after the step's end: its time is between this and the next beginning.
         self.spent += time.perf_counter() - self.since
@@ -304,38 +319,46 @@ def run_one(study: Study, name: str, options: argparse.Namespace) -> None:
     if not file:
         parts["model"].to(memory_format=torch.channels_last)  # the faster one for dense convolutions
     steps = -(-len(parts["train_dataset"]) // study.batch_size)
-    with tempfile.TemporaryDirectory() as scratch:
-        args = SparseTrainingArguments(
-            output_dir=scratch,
-            num_train_epochs=epochs,
-            lr_scheduler_type="cosine",
-            per_device_train_batch_size=study.batch_size,
-            per_device_eval_batch_size=250,
-            eval_strategy="steps",
-            eval_steps=steps * max(1, epochs // POINTS),
-            seed=options.seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="epoch",
-        )
-        trainer = SparseTrainer(
-            args=args,
-            recipe=Recipe.load(RECIPES / file, args={"epochs": epochs, **recipe_args}) if file else None,
-            teacher="self" if file else None,
-            optimizer_cls_and_kwargs=study.optimizer,
-            callbacks=[points],
-            **parts,
-        )
-        points.trainer = trainer
-        trainer.train()
-        if points.result["points"][-1]["epoch"] < epochs:
-            trainer.evaluate()
+    between = steps * max(1, epochs // POINTS)
+    checkpoints = path.with_suffix(".checkpoints")
+    args = SparseTrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=epochs,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=study.batch_size,
+        per_device_eval_batch_size=250,
+        eval_strategy="steps",
+        eval_steps=between,
+        seed=options.seed,
+        save_strategy="steps",
+        save_steps=between,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="epoch",
+        **study.training.get(name, {}),
+    )
+    trainer = SparseTrainer(
+        args=args,
+        recipe=Recipe.load(RECIPES / file, args={"epochs": epochs, **recipe_args}) if file else None,
+        teacher="self" if file else None,
+        optimizer_cls_and_kwargs=study.optimizer,
+        callbacks=[points],
+        **parts,
+    )
+    points.trainer = trainer
+    checkpoint = last_checkpoint(checkpoints)
+    if checkpoint:
+        points.resume(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if points.result["points"][-1]["epoch"] < epochs:
+        trainer.evaluate()
     if study.tuned and name == "dense":
         with replacing(weights) as temporary:
             torch.save(trainer.model.state_dict(), temporary)
     result["finished"] = True
     write_json(path, result)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def slug(name: str) -> str:

@@ -6,6 +6,7 @@ name that recipes use, and what it does when its time comes. Nothing else has to
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dataclasses import field as field_of_class
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -24,6 +25,7 @@ class Forward:
         outputs, inputs: of the model.
         scale: of terms that are averages over a batch, where the loss is one over several.
         again: gives the loss of the labels by another forward pass on the same batch; None if the training has none.
+        taught: what a teacher said of the batch, by the names of the inputs that it got: asked once for all modifiers.
     """
 
     loss: Tensor
@@ -31,6 +33,7 @@ class Forward:
     inputs: Any
     scale: float = 1.0
     again: Callable[[], Tensor] | None = None
+    taught: dict[tuple[str, ...], Any] = field_of_class(default_factory=dict)
 
     def need_again(self) -> Tensor:
         """The loss by another forward pass.

@@ -139,3 +139,23 @@ def test_outputs_that_are_not_there(fields, problem):
     outputs = model(images)
     with pytest.raises(RecipeError, match=problem):
         session.loss(F.cross_entropy(outputs, labels), {"logits": outputs}, {"x": images})
+
+
+def test_outputs_and_layers_ask_the_teacher_once():
+    teacher = Network(seed=5)
+    asked = []
+    teacher.register_forward_hook(lambda *_: asked.append(1))
+    model, optimizer, session = make(gmp() + DISTIL.replace("start_epoch: 1, end_epoch: 3", "") + LAYERS, teacher)
+    train(model, optimizer, session, 3)
+    assert len(asked) == 3
+
+    def loss_of(text):
+        model, _, session = make(gmp() + text, Network(seed=5))
+        images, labels = batch(0)
+        outputs = model(images)
+        hard = F.cross_entropy(outputs, labels)
+        return session.loss(hard, outputs, images).detach(), hard.detach()
+
+    plain = DISTIL.replace("start_epoch: 1, end_epoch: 3", "")
+    both, hard = loss_of(plain + LAYERS)
+    torch.testing.assert_close(both, loss_of(plain)[0] + loss_of(LAYERS)[0] - hard)

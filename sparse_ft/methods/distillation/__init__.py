@@ -29,16 +29,23 @@ class _Distilling(Modifier):
         _OPTIONAL_TEXTS, None, doc="Inputs that the teacher gets; all but labels if it is not given."
     )
 
-    def ask_teacher(self, teacher: nn.Module, inputs: Any) -> Any:
+    def ask_teacher(self, teacher: nn.Module, forward: Forward) -> Any:
         """The teacher's outputs, without gradients."""
-        with torch.no_grad():
-            if isinstance(inputs, Mapping):
-                keys = self.teacher_input_keys or [key for key in inputs if key not in ("labels", "label")]
-                missing = [key for key in keys if key not in inputs]
-                if missing:
-                    raise self.wrong("teacher_input_keys", f"the inputs are {', '.join(inputs)}; no {missing[0]!r}")
-                return teacher(**{key: inputs[key] for key in keys})
-            return teacher(*inputs) if isinstance(inputs, list | tuple) else teacher(inputs)
+        inputs = forward.inputs
+        keys: list[str] = []
+        if isinstance(inputs, Mapping):
+            keys = self.teacher_input_keys or [key for key in inputs if key not in ("labels", "label")]
+            if missing := [key for key in keys if key not in inputs]:
+                raise self.wrong("teacher_input_keys", f"the inputs are {', '.join(inputs)}; no {missing[0]!r}")
+        asked = tuple(keys)
+        if asked not in forward.taught:
+            with torch.no_grad():
+                if isinstance(inputs, Mapping):
+                    answer = teacher(**{key: inputs[key] for key in keys})
+                else:
+                    answer = teacher(*inputs) if isinstance(inputs, list | tuple) else teacher(inputs)
+            forward.taught[asked] = answer
+        return forward.taught[asked]
 
 
 @register("DistillationModifier")
@@ -58,7 +65,7 @@ class Distillation(_Distilling):
     )
 
     def loss(self, training: Training, loss: Tensor, forward: Forward) -> Tensor:
-        teacher = self.ask_teacher(training.need_teacher(), forward.inputs)
+        teacher = self.ask_teacher(training.need_teacher(), forward)
         pairs = zip(self._logits(forward.outputs, "model"), self._logits(teacher, "teacher"), strict=True)
         terms = [self._divergence(ours, theirs) for ours, theirs in pairs]
         return self.hardness * forward.scale * sum(terms) / len(terms) + (1 - self.hardness) * loss
@@ -135,7 +142,7 @@ class PerLayerDistillation(_Distilling):
         self._hooks = []
 
     def loss(self, training: Training, loss: Tensor, forward: Forward) -> Tensor:
-        self.ask_teacher(training.need_teacher(), forward.inputs)
+        self.ask_teacher(training.need_teacher(), forward)
         ours, theirs = self._heard
         terms = []
         for place, output in ours.items():
