@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_ft import RecipeError, SparseSession
+from sparse_ft import RecipeError, SparseSession, convert
+from sparse_ft.live import native_layers, preserved_parameters
 
 sys.path.append(str(Path(__file__).parents[1] / "session"))
 
@@ -159,3 +160,25 @@ def test_outputs_and_layers_ask_the_teacher_once():
     plain = DISTIL.replace("start_epoch: 1, end_epoch: 3", "")
     both, hard = loss_of(plain + LAYERS)
     torch.testing.assert_close(both, loss_of(plain)[0] + loss_of(LAYERS)[0] - hard)
+
+
+def test_layers_that_take_another_form_are_heard_on():
+    model, optimizer, session = make(gmp(end_epoch=1) + LAYERS, Network(seed=5))
+    train(model, optimizer, session, 2 * STEPS)
+    images, labels = batch(session.step)
+
+    def taught():
+        outputs = model(images)
+        hard = F.cross_entropy(outputs, labels)
+        return (session.loss(hard, outputs, images) - hard).detach()
+
+    before = taught()
+    assert before > 0
+    with preserved_parameters(model, optimizer):
+        convert(model, policy="always", masks=session.masks)
+    session.rebind()
+    assert native_layers(model)
+    torch.testing.assert_close(taught(), before)
+    train(model, optimizer, session, STEPS)
+    session.finalize()
+    assert not any(module._forward_hooks for module in model.modules())
