@@ -47,7 +47,6 @@ from sparse_ft.data import load_data, prepare
 from sparse_ft.masks import sparsity
 from sparse_ft.nn import SparseModule
 
-POINTS = 3  # evaluations of a run
 SO_FAR = "measured.json"  # in a checkpoint: what was measured until then
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -62,6 +61,7 @@ class Study:
         optimizer: class and its arguments, the learning rate among them for runs that do not set it.
         tuned: runs that start from the weights that the run "dense" ends with; the first one must be over.
         training: training arguments of a run, beside those that all have.
+        points: evaluations of a run.
     """
 
     load: Callable[[Path, int], dict[str, Any]]
@@ -71,6 +71,7 @@ class Study:
     runs: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
+    points: int = 3
 
 
 def resnet20_for_cifar(data: Path, *, pretrained: bool) -> CifarResNet:
@@ -175,7 +176,13 @@ MOBILENET = {"dense": ["conv_stem", "re:.*conv_dw", "classifier"], "scope": "glo
 STUDIES = {
     "gmp90": Study(
         load_cifar, 24, 64, (torch.optim.SGD, {"lr": 0.03, **MOMENTUM}),
-        {"GMP": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"]}), "dense": ("", {})},
+        {
+            "GMP": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"]}),
+            "GMP unclipped": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"], "lr": 0.015, "ramp": 0.25}),
+            "dense": ("", {}),
+        },
+        training={"GMP unclipped": {"max_grad_norm": 0.0}},
+        points=6,
     ),
     "pretrained": Study(
         load_cifar, 4, 64, (torch.optim.SGD, {"lr": 0.03, **MOMENTUM}),
@@ -319,7 +326,7 @@ def run_one(study: Study, name: str, options: argparse.Namespace) -> None:
     if not file:
         parts["model"].to(memory_format=torch.channels_last)  # the faster one for dense convolutions
     steps = -(-len(parts["train_dataset"]) // study.batch_size)
-    between = steps * max(1, epochs // POINTS)
+    between = steps * max(1, epochs // study.points)
     checkpoints = path.with_suffix(".checkpoints")
     args = SparseTrainingArguments(
         output_dir=str(checkpoints),

@@ -681,6 +681,9 @@ class SparseTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if state_dict is not None or not (isinstance(model, PreTrainedModel) or is_timm_model(model)):
+            if self.args.should_save:  # safetensors refuses other layouts, such as channels_last
+                weights = model.state_dict() if state_dict is None else state_dict
+                state_dict = {name: value.contiguous() for name, value in weights.items()}
             super()._save(output_dir, state_dict)
             if self.args.should_save:
                 self._save_recipe(Path(output_dir or self._folder))
