@@ -51,6 +51,13 @@ struct SourceNorm {
     Activation activation;
 };
 
+// What a product's results go through before they are stored to a batch-last destination, by row:
+// activation((result - mean) * scale + offset + residual). The residual, which may be null, lies as the destination.
+struct ResultNorm {
+    const float *mean, *scale, *offset, *residual;
+    Activation activation;
+};
+
 struct Product {
     Geometry geometry;
     int64_t plane_count;
@@ -58,14 +65,15 @@ struct Product {
     int64_t nnz;
     const int32_t* col;  // channel-in-group * taps + tap, strictly increasing within a row
     const float* values;
-    const int32_t* perm;     // value of entry j is values[perm[j]]; null: values[j]
-    const float* bias;       // null: 0
-    View source, dest;       // dest may be null data in a sampled product
-    const SourceNorm* norm;  // of the source; may be null
-    View grad;               // sampled product: G; unused otherwise
-    float* value_grad;       // sampled product: dw (nnz)
-    float* row_sums;         // sampled product: the sum of every row of G; may be null
-    Programs* programs;      // where this pattern's generated kernels are kept; null: generate none
+    const int32_t* perm;       // value of entry j is values[perm[j]]; null: values[j]
+    const float* bias;         // null: 0
+    View source, dest;         // dest may be null data in a sampled product
+    const SourceNorm* norm;    // of the source; may be null
+    const ResultNorm* result;  // gather product: may be null
+    View grad;                 // sampled product: G; unused otherwise
+    float* value_grad;         // sampled product: dw (nnz)
+    float* row_sums;           // sampled product: the sum of every row of G; may be null
+    Programs* programs;        // where this pattern's generated kernels are kept; null: generate none
     int threads;
 };
 

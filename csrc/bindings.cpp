@@ -4,6 +4,7 @@
 
 #include <array>
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -82,14 +83,44 @@ class Entrance {
     bool given = false;
 };
 
+// A norm of a product's results: mean, variance, weight, bias, eps, residual, and the activation. Any address may be
+// null; without a variance there is no norm.
+using ResultArguments = std::optional<std::tuple<Address, Address, Address, Address, float, Address, int>>;
+
+class Exit {
+  public:
+    Exit(const ResultArguments& arguments, int64_t rows) {
+        if (!arguments) return;
+        const auto& [mean, variance, weight, bias, eps, residual, activation] = *arguments;
+        scale.assign(size_t(rows), 1.0f);
+        for (int64_t r = 0; variance && r < rows; ++r) {  // in the steps of norm_forward
+            const float rstd = float(1.0 / std::sqrt(double(at<const float>(variance)[r]) + eps));
+            scale[size_t(r)] = rstd * (weight ? at<const float>(weight)[r] : 1.0f);
+        }
+        if (!mean || !bias) zeros.assign(size_t(rows), 0.0f);
+        norm = {mean ? at<const float>(mean) : zeros.data(), scale.data(), bias ? at<const float>(bias) : zeros.data(),
+                at<const float>(residual), activation_of(activation)};
+        given = true;
+    }
+    Exit(const Exit&) = delete;  // the norm points into it
+    const ResultNorm* get() const { return given ? &norm : nullptr; }
+
+  private:
+    std::vector<float> scale, zeros;
+    ResultNorm norm{};
+    bool given = false;
+};
+
 void forward(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address y,
              const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
-             Programs* programs, int threads, const NormArguments& norm) {
+             Programs* programs, int threads, const NormArguments& norm, const ResultArguments& result) {
     check(c);
     const Entrance entrance(norm, size[1]);
+    const Exit exit(result, c.weight[0]);
     ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
                      programs, threads);
     f.product.norm = entrance.get();
+    f.product.result = exit.get();
     f.product.values = at<const float>(values);
     f.product.bias = at<const float>(bias);
     f.product.dest = view(y, y_stride);

@@ -1,6 +1,7 @@
 // When results go to memory around the caches, which saves reading the lines that they replace.
 #pragma once
 #include "api.h"
+#include "each_vector.h"
 #include "simd.h"
 
 namespace sparse_ft {
@@ -17,7 +18,9 @@ namespace SPARSE_FT_ISA {
 
 // Writes a run of floats, around the caches where that is wanted and the run's place allows it.
 inline void write_run(float* to, const float* from, int64_t count, bool around) {
-    if (count % kLanes != 0 || (around && reinterpret_cast<uintptr_t>(to) % sizeof(vec) != 0))
+    if (count < 4 * kLanes && count % kLanes != 0)  // too short for a call
+        each_vector(count, [&](int64_t i, int n) { store(to + i, load(from + i, n), n); });
+    else if (count % kLanes != 0 || (around && reinterpret_cast<uintptr_t>(to) % sizeof(vec) != 0))
         std::memcpy(to, from, size_t(count) * sizeof(float));
     else if (around)
         for (int64_t i = 0; i < count; i += kLanes) store_around(to + i, load(from + i));

@@ -9,6 +9,7 @@
 
 #include "depthwise.h"
 #include "empty_planes.h"
+#include "result.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -59,13 +60,17 @@ constexpr std::array<RowKernel, sizeof...(V) + 1> row_kernels(std::index_sequenc
 constexpr auto kRowKernels = row_kernels(std::make_index_sequence<kRowVectors>());
 
 // Writes one row's finished tile, staged as [tile row][padded run of `lanes` a position], to a batch-last destination.
-void scatter_batch_last(const Geometry& g, const Plane& p, const Tile& tile, const float* from, int64_t padded,
-                        int64_t lanes, const View& d, int64_t row) {
+template <class Result>
+void scatter_batch_last(const Geometry& g, const Plane& p, const Tile& tile, float* from, int64_t padded,
+                        int64_t lanes, const View& d, int64_t row, const Result& result) {
     for (int64_t r = 0; r < tile.rows; ++r)
-        for (int64_t c = 0; c < tile.cols; ++c)
-            std::memcpy(d.data + row * d.c + (p.dest_y + (tile.y + r) * g.dest_step_y) * d.y +
-                            (p.dest_x + (tile.x + c) * g.dest_step_x) * d.x + tile.n,
-                        from + r * padded + c * lanes, size_t(tile.lanes) * sizeof(float));
+        for (int64_t c = 0; c < tile.cols; ++c) {
+            const int64_t at = row * d.c + (p.dest_y + (tile.y + r) * g.dest_step_y) * d.y +
+                               (p.dest_x + (tile.x + c) * g.dest_step_x) * d.x + tile.n;
+            float* results = from + r * padded + c * lanes;
+            result.finish(row, results, at, tile.lanes);
+            std::memcpy(d.data + at, results, size_t(tile.lanes) * sizeof(float));
+        }
 }
 
 // The same for a block of rows of a channels-last destination: positions are transposed tiles.
@@ -175,7 +180,8 @@ class GatherProduct {
         const RowKernel kernel = kRowKernels[vectors];
         float* panel = panel_scratch.floats(size_t(t.panel_floats() + kRowVectors * kLanes));
         const View& d = q.dest;
-        const bool direct = d.n == 1 && run == padded && (tile.cols == 1 || d.x * g.dest_step_x == tile.lanes);
+        const bool direct =
+            !q.result && d.n == 1 && run == padded && (tile.cols == 1 || d.x * g.dest_step_x == tile.lanes);
         // A blocked reduction keeps all its rows' sums until the last block; otherwise 16 rows at a time are staged.
         const int64_t stage_rows = t.blocks > 1 ? std::min(g.rows_per_group, last - first) : 16;
         float* stage = direct ? nullptr : stage_scratch.floats(size_t(stage_rows * tile.rows * padded));
@@ -196,9 +202,11 @@ class GatherProduct {
                                       padded, q.bias);
                                if (block + 1 < t.blocks) continue;
                                if (d.n == 1) {
-                                   for (int64_t r = row; r < end; ++r)
-                                       scatter_batch_last(g, p, tile, stage + (r - row) * tile.rows * padded, padded,
-                                                          t.lanes, d, r);
+                                   with_result(q, [&](auto result) {
+                                       for (int64_t r = row; r < end; ++r)
+                                           scatter_batch_last(g, p, tile, stage + (r - row) * tile.rows * padded,
+                                                              padded, t.lanes, d, r, result);
+                                   });
                                } else {
                                    scatter_channels_last(g, p, tile, stage, padded, d, row, end - row);
                                }

@@ -13,6 +13,7 @@
 #include "executable.h"
 #include "generated.h"
 #include "programs.h"
+#include "result.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -306,17 +307,22 @@ class GeneratedGather {
 
     // `follow`: whether the positions of a row lie one after another in the destination.
     void scatter_rows(const Plane& p, const Tiling& t, const Tile& tile, const Run& run, bool follow,
-                      const Slice& slice, int64_t row, int64_t end, const float* from, int64_t row_step) const {
+                      const Slice& slice, int64_t row, int64_t end, float* from, int64_t row_step) const {
         const View& d = q.dest;
         const int64_t column = d.x * g.dest_step_x, pieces = follow ? 1 : tile.cols;
         const int64_t first = slice.vector * kLanes;
         const int64_t length = follow ? std::min(run.floats - first, slice.vectors * kLanes) : tile.lanes;
-        for (; row < end; ++row, from += row_step)
-            for (int64_t r = 0; r < slice.rows; ++r)
-                for (int64_t c = 0; c < pieces; ++c)
-                    write_run(d.data + row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
-                                  p.dest_x * d.x + (tile.x + c) * column + tile.n + first,
-                              from + r * slice.vectors * kLanes + c * t.lanes, length, bypass);
+        with_result(q, [&](auto result) {
+            for (; row < end; ++row, from += row_step)
+                for (int64_t r = 0; r < slice.rows; ++r)
+                    for (int64_t c = 0; c < pieces; ++c) {
+                        const int64_t at = row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
+                                           p.dest_x * d.x + (tile.x + c) * column + tile.n + first;
+                        float* run_of_results = from + r * slice.vectors * kLanes + c * t.lanes;
+                        result.finish(row, run_of_results, at, length);
+                        write_run(d.data + at, run_of_results, length, bypass);
+                    }
+        });
     }
 
     void scatter_band(const Tile& tile, const Run& run, int64_t row, int64_t end, const float* from,
@@ -333,7 +339,7 @@ class GeneratedGather {
 }  // namespace
 
 const char* generated_gather_product(const Product& product) {
-    if (!worth_generating(product)) return gather_product(product);
+    if (!worth_generating(product, 2)) return gather_product(product);
     return clearing_empty_planes(product, [](const Product& q) {
         GeneratedGather gather(q);
         const char* problem = nullptr;

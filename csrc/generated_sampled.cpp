@@ -361,7 +361,7 @@ class GeneratedSampled {
 }  // namespace
 
 const char* generated_sampled_product(const Product& product) {
-    if (!worth_generating(product)) return sampled_product(product);
+    if (!worth_generating(product, 4)) return sampled_product(product);
     GeneratedSampled sampled(product);
     const char* problem = nullptr;
     if (sampled.prepare(&problem))

@@ -60,11 +60,24 @@ struct Tile {  // one tile's place: first sample, position row and column, and i
 // `floats` are fetched by hand.
 inline int64_t rows_ahead(int64_t floats) { return std::clamp<int64_t>(2048 / std::max<int64_t>(floats, 1), 1, 8); }
 
+// Floats `step` apart, one after another.
+inline void gather(const float* from, int64_t step, float* to, int64_t count) {
+    if (step == 2)
+        for (int64_t i = 0; i < count; ++i) to[i] = from[2 * i];
+    else
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+}
+
 // What becomes of a channel's values as they are packed: nothing, or a norm and an activation.
 struct AsTheyAre {
     vec one(vec v) const { return v; }
+    void spread(const float* from, int64_t step, float* to, int64_t count) const { gather(from, step, to, count); }
     void run(const float* from, float* to, int64_t count) const {
-        std::memcpy(to, from, size_t(count) * sizeof(float));
+        if (count > 4 * kLanes) {
+            std::memcpy(to, from, size_t(count) * sizeof(float));
+            return;
+        }
+        each_vector(count, [&](int64_t i, int n) { store(to + i, load(from + i, n), n); });  // too short for a call
     }
 };
 template <class Act>
@@ -73,6 +86,10 @@ struct Normalised {
     Normalised(const SourceNorm& norm, int64_t channel)
         : mean(splat(norm.mean[channel])), scale(splat(norm.scale[channel])), offset(splat(norm.offset[channel])) {}
     vec one(vec v) const { return Act::value((v - mean) * scale + offset); }
+    void spread(const float* from, int64_t step, float* to, int64_t count) const {
+        gather(from, step, to, count);
+        run(to, to, count);
+    }
     void run(const float* from, float* to, int64_t count) const {
         each_vector(count, [&](int64_t i, int n) { store(to + i, one(load(from + i, n)), n); });
     }
@@ -105,6 +122,13 @@ class RowCopy {
         } else if (lanes == padded && lanes % kLanes == 0) {  // too short for calls
             for (int64_t i = low; i < high; ++i, from += step, at += padded)
                 for (int64_t lane = 0; lane < lanes; lane += kLanes) store(at + lane, change.one(load(from + lane)));
+        } else if (padded == 1) {
+            change.spread(from, step, at, high - low);
+        } else if (padded < kLanes) {
+            for (int64_t i = low; i < high; ++i, from += step, at += padded) {
+                store(at, change.one(load(from, int(lanes))), int(lanes));
+                for (int64_t lane = lanes; lane < padded; ++lane) at[lane] = 0.0f;
+            }
         } else {
             for (int64_t i = low; i < high; ++i, from += step, at += padded) {
                 change.run(from, at, lanes);
@@ -114,10 +138,12 @@ class RowCopy {
         clear(to + high * padded, (count - high) * padded);
     }
 
+    void clear_all(float* to) const { clear(to, count * padded); }
     int64_t ahead() const { return rows_ahead((high - low) * lanes); }
     void fetch(const float* row) const {  // the lines that copy() will read
         constexpr int64_t kLine = 16;
-        const int64_t pieces = joined ? 1 : high - low, length = joined ? run : lanes;
+        const bool one = joined || step < kLine;  // several pieces to a line
+        const int64_t pieces = one ? 1 : high - low, length = joined ? run : one ? (high - low) * step : lanes;
         for (int64_t i = 0; i < pieces; ++i)
             for (int64_t k = 0; k < length; k += kLine) prefetch(row + first + i * step + k);
     }
@@ -127,8 +153,37 @@ class RowCopy {
     int64_t count, low, high;     // entries, of which [low, high) are inside the source
     int64_t first, run = 0;       // floats: where entry `low` is; all entries, if they are joined
     bool joined;                  // whether the entries follow one another as they are packed
-    static void clear(float* to, int64_t floats) { std::memset(to, 0, size_t(floats) * sizeof(float)); }
+    static void clear(float* to, int64_t floats) {
+        if (floats > kLanes)
+            std::memset(to, 0, size_t(floats) * sizeof(float));
+        else if (floats > 0)
+            store(to, vec{}, int(floats));
+    }
 };
+
+// The same as below for few samples: a channel's rows are short and share lines, so that channels come one by one.
+template <class ChangeOf>
+void pack_small(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel,
+                ChangeOf change_of) {
+    const Geometry& g = q.geometry;
+    const View& s = q.source;
+    std::vector<RowCopy> phases;
+    for (int64_t px = 0; px < t.x.phase_count(); ++px) phases.emplace_back(t, tile, s, g.source_w, px);
+    for (int64_t c = 0; c < count; ++c, panel += t.channel_stride) {
+        const auto change = change_of(channel + c);
+        const float* from = s.data + (channel + c) * s.c + tile.n;
+        for (int64_t py = 0; py < t.y.phase_count(); ++py)
+            for (int64_t r = 0; r < tile.rows + t.y.reach; ++r) {
+                const int64_t y = t.y.source(tile.y, py, r);
+                float* to = panel + (py * t.panel_rows + r) * t.row_stride;
+                for (size_t px = 0; px < phases.size(); ++px, to += t.panel_cols * t.lanes)
+                    if (y >= 0 && y < g.source_h)
+                        phases[px].copy(from + y * s.y, to, change);
+                    else
+                        phases[px].clear_all(to);
+            }
+    }
+}
 
 // Packs channels [channel, channel + count) of the source into the panel; change_of(channel) says what they become.
 template <class ChangeOf>
@@ -136,6 +191,7 @@ void pack_changed(const Tiling& t, const Tile& tile, const Product& q, int64_t c
                   ChangeOf change_of) {
     const Geometry& g = q.geometry;
     const View& s = q.source;
+    if (s.n == 1 && tile.lanes < kLanes) return pack_small(t, tile, q, channel, count, panel, change_of);
     for (int64_t py = 0; py < t.y.phase_count(); ++py) {
         for (int64_t r = 0; r < tile.rows + t.y.reach; ++r) {
             const int64_t y = t.y.source(tile.y, py, r);

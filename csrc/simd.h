@@ -80,13 +80,19 @@ inline ivec lane_mask(int count) {
 inline vec keep_lanes(vec v, int count) { return count == kLanes ? v : keep_lanes(v, lane_mask(count)); }
 inline vec load(const float* p, int count) {  // the lanes beyond `count` are zero
     if (count == kLanes) return load(p);
-    vec v = {};
-    std::memcpy(&v, p, size_t(count) * sizeof(float));
-    return v;
+#if defined(__AVX512F__)
+    return vec(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+#else
+    return load_some(p, count);
+#endif
 }
 inline void store(float* p, vec v, int count) {
     if (count == kLanes) return store(p, v);
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v));
+#else
     std::memcpy(p, &v, size_t(count) * sizeof(float));
+#endif
 }
 
 inline float sum(vec v) {

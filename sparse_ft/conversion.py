@@ -27,7 +27,7 @@ from sparse_ft.ops.pattern import count_nonzero
 from sparse_ft.randomness import preserved_random_state
 from sparse_ft.steps import call
 from sparse_ft.tables import format_table
-from sparse_ft.tune import Timing, TimingCache, layer_key, step_key, time_layer, time_step
+from sparse_ft.tune import IMAGE_CHANNELS, Timing, TimingCache, layer_key, step_key, time_layer, time_step
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ def convert(
         policy: "auto" keeps of each layer the form that is faster, forward and backward, on the real input shape,
             and then makes sure that the whole model is faster than the dense one, else it is left dense; what was
             measured is kept per machine. Where nothing in the model is trained (`requires_grad`), forward alone
-            counts. "always" converts every layer with enough zeros.
+            counts, and a first convolution may run natively without zeros. "always" converts every layer with enough
+            zeros.
         min_sparsity: layers with a smaller fraction of zeros stay dense.
         ignore: names or `"re:pattern"` of layers to leave dense.
         masks: weight name -> bool mask of the positions to train, where it differs from the nonzeros (active zeros).
@@ -139,7 +140,8 @@ def convert(
     if isinstance(ignore, str):
         raise ValueError(f"ignore must be a list of layer names, not the text {ignore!r}")
     model = unwrap(model)
-    candidates = _Candidates(model, min_sparsity, ignore, masks or {})
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    candidates = _Candidates(model, min_sparsity, ignore, masks or {}, trained=trained)
     report = ConversionReport(policy)
     if layers is not None:
         chosen = set(layers)
@@ -162,7 +164,6 @@ def convert(
             else:
                 assert shapes is not None
                 cache = TimingCache()
-                trained = any(parameter.requires_grad for parameter in model.parameters())
                 _choose_faster(candidates, shapes, cache, trained=trained)
                 report.step, report.note = _check_whole(model, candidates, example_inputs, cache, trained=trained)
                 cache.save()
@@ -210,7 +211,7 @@ class _Entry:
     mask: Tensor | None
     obstacle: str = ""  # why it has no sparse form
     reason: str = ""  # why it is what it becomes
-    joins: bool = False  # a depthwise layer without zeros, which runs sparse to keep the layout of its neighbours
+    joins: bool = False  # a layer without zeros, which runs sparse to keep the layout of its neighbours
     converted: bool = False
     dense_ms: float | None = None
     sparse_ms: float | None = None
@@ -252,7 +253,10 @@ class _Entry:
 class _Candidates:
     """The layers that conversion looks at, with the reason why one cannot be converted."""
 
-    def __init__(self, model: nn.Module, min_sparsity: float, ignore: Iterable[str], masks: Mapping[str, Tensor]):
+    def __init__(
+        self, model: nn.Module, min_sparsity: float, ignore: Iterable[str], masks: Mapping[str, Tensor], *,
+        trained: bool,
+    ):  # fmt: skip
         layers = {name: m for name, m in typed_layers(model).items() if not isinstance(m, SparseModule)}
         ignored = {name for names in match_names(ignore, list(layers)).values() for name in names}
         shared = _tied_parameters(model)
@@ -265,7 +269,8 @@ class _Candidates:
                 entry.reason = "ignored"
             elif not entry.obstacle and (entry.sparsity < min_sparsity or entry.sparsity == 0.0):
                 entry.reason = f"sparsity below {min_sparsity:.0%}" if min_sparsity else "no zeros"
-                entry.joins = _is_depthwise(module) and entry.sparsity == 0.0
+                keeps_layout = _is_depthwise(module) or (not trained and _reads_images(module))
+                entry.joins = keeps_layout and entry.sparsity == 0.0
             self.entries[name] = entry
         self.eligible = {name: entry for name, entry in self.entries.items() if not entry.reason}
         if any(isinstance(entry.module, nn.Conv2d) for entry in self.eligible.values()):
@@ -306,6 +311,11 @@ class _Candidates:
 
 def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _reads_images(module: nn.Module) -> bool:
+    """Whether it is a network's first convolution. Where nothing is trained, its norm is then computed with it."""
+    return isinstance(module, nn.Conv2d) and module.in_channels <= IMAGE_CHANNELS and module.groups == 1
 
 
 def _tied_parameters(model: nn.Module) -> dict[int, list[str]]:
@@ -406,7 +416,7 @@ def _choose_faster(
     measure([entry for entry in called if not entry.joins], inside=False)
     if any(entry.converted and isinstance(entry.module, nn.Conv2d) for entry in called):
         # A convolution left dense among sparse ones pays for two changes of layout: look at those again,
-        # and at depthwise layers without zeros, which only run sparse to keep their neighbours' layout.
+        # and at layers without zeros that only run sparse to keep their neighbours' layout.
         measure([e for e in called if not e.converted and isinstance(e.module, nn.Conv2d)], inside=True)
 
 

@@ -7,6 +7,7 @@ from sparse_ft.nn.linear import SparseLinear, is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
 from sparse_ft.nn.norm import LayoutNorm, LayoutNormAct
 from sparse_ft.nn.pooling import LayoutAdaptiveAvgPool, LayoutAvgPool, LayoutMaxPool
+from sparse_ft.nn.squeeze import LayoutSqueeze
 from sparse_ft.nn.stock import follow_layout, restore_stock, stock_type
 from sparse_ft.nn.varying import VaryingConv, compute_varying, suits_varying
 
@@ -18,6 +19,7 @@ __all__ = [
     "LayoutMaxPool",
     "LayoutNorm",
     "LayoutNormAct",
+    "LayoutSqueeze",
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",

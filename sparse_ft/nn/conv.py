@@ -1,9 +1,11 @@
 """Sparse 2-D convolution."""
 
+import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn.deferred import take_unfinished
+from sparse_ft.nn.deferred import Patience, take_unfinished
 from sparse_ft.nn.module import SparseModule
+from sparse_ft.nn.pending_conv import defer_conv
 from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
 from sparse_ft.ops.gradients import conv2d, conv2d_of_unfinished, to_layout
 
@@ -43,7 +45,7 @@ class SparseConv2d(SparseModule):
         super().__init__()
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, name, getattr(conv, name))
-        self._padding = padding_of(conv)
+        self._padding, self._patience = padding_of(conv), Patience()
         self._set_weight(pattern, values, conv.bias, conv.weight)
 
     @classmethod
@@ -71,14 +73,20 @@ class SparseConv2d(SparseModule):
         dense.bias = self.bias
         return dense.train(self.training)
 
+    @property
+    def geometry(self) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
+        """Weight shape, stride, padding, dilation and groups, as the operators take them."""
+        return self.pattern.weight_shape, self.stride, self._padding, self.dilation, self.groups
+
     def forward(self, x: Tensor) -> Tensor:
+        if not (self.training or torch.is_grad_enabled()):
+            deferred = defer_conv(self, x)
+            if deferred is not None:
+                return deferred
         self._before_forward(x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        weights = (
-            self.weight, self.bias, self.pattern.tensors, self.pattern.weight_shape, self.stride, self._padding,
-            self.dilation, self.groups,
-        )  # fmt: skip
+        weights = (self.weight, self.bias, self.pattern.tensors, *self.geometry)
         # A depthwise convolution reads a value for little more than the memory's time: it has none for a norm.
         norm = take_unfinished(x) if self.pattern.weight_shape[1] > 1 else None
         if norm is not None:

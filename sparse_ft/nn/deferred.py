@@ -1,4 +1,4 @@
-"""A batch norm's output that waits to see what follows.
+"""An output that waits to see what follows: a batch norm's here, a convolution's in pending_conv.py.
 
 What follows a norm (a residual is added, an activation applied) belongs to the same pass over memory, but the norm's
 module cannot know it: the model's own code does it, in its own words. So the norm gives a tensor that is not computed
@@ -10,7 +10,7 @@ that the activation is neither written nor kept.
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,29 +30,66 @@ _SET_HOOKS = Tensor._backward_hooks.__set__  # type: ignore[union-attr]  # done 
 
 
 def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() else tensor._version  # a parameter may have been made in inference mode
 
 
 _FEWEST_SAMPLES = 16  # a convolution that reads fewer at a time computes value by value what a norm does by vectors
 
 
 class Patience:
-    """Whether a norm leaves its activation unfinished: as long as one convolution takes it, and nobody else wants it.
+    """Whether a norm leaves its activation unfinished: as long as one convolution takes it, and nobody else wants it;
+    and whether a convolution waits for a norm.
 
-    Learned from what becomes of its outputs: once an unfinished one was wanted by others, it is lost for good.
+    Learned from what becomes of the outputs: once an unfinished one was wanted by others, it is lost for good.
     """
 
     def __init__(self) -> None:
-        self._lost = False
+        self.lost = False
 
     def lasts(self, x: Tensor) -> bool:
         """Whether the activated norm of `x` is to wait."""
         # Who keeps what is saved for backward by other means (a checkpoint) counts on the same steps in a repetition.
         saved_plainly = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        return not self._lost and saved_plainly and x.shape[0] >= _FEWEST_SAMPLES
+        return not self.lost and saved_plainly and x.shape[0] >= _FEWEST_SAMPLES
 
     def lose(self) -> None:
-        self._lost = True
+        self.lost = True
+
+
+class Pending(Protocol):
+    """What is still to be computed for an output, of `shape`. It is not changed: who joins it makes a new one."""
+
+    grad_enabled: bool  # the modes in which it was made, and is to be computed
+    inference: bool
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    activation: Activation
+    residual: Tensor | None
+
+    def takes(self, residual: Tensor) -> bool:
+        """Whether a tensor can be added. One without a count of its versions could change unseen."""
+
+    def added(self, residual: Tensor) -> "Pending":
+        """With what is added."""
+
+    def activated(self, activation: Activation) -> "Pending":
+        """With an activation at its end."""
+
+    def may_wait(self) -> bool:
+        """Whether the activated output is to be left unfinished, too."""
+
+    def looked_at(self) -> None:
+        """Somebody wants the result as it is."""
+
+    def check(self) -> None:
+        """Raises where an operand is no longer what it was."""
+
+    def compute(self) -> Tensor:
+        """The result, differentiable."""
+
+    def defer(self) -> "Deferred":
+        """A tensor that stands for it."""
 
 
 @dataclass
@@ -71,7 +108,8 @@ class PendingNorm:
     residual: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.grad_enabled = torch.is_grad_enabled()
+        self.grad_enabled, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self.shape, self.dtype, self.device = self.x.shape, self.x.dtype, self.x.device
         self.taken = False  # by a convolution
         if not self.training:  # running statistics, which go on
             self.mean, self.variance = self.mean.clone(), self.variance.clone()
@@ -104,11 +142,25 @@ class PendingNorm:
             self.training,
         )[0]  # fmt: skip
 
+    def takes(self, residual: Tensor) -> bool:
+        what = (residual.shape, residual.dtype, residual.device)
+        return what == (self.shape, self.dtype, self.device) and not residual.is_inference()
+
+    def added(self, residual: Tensor) -> "PendingNorm":
+        return replace(self, residual=residual)
+
+    def activated(self, activation: Activation) -> "PendingNorm":
+        return replace(self, activation=activation)
+
+    def looked_at(self) -> None:
+        if self.activation:
+            self.patience.lose()
+
     def may_wait(self) -> bool:
         """Whether the activated output is to be left unfinished, too."""
         return self.residual is None and self.activation.cheap and self.patience.lasts(self.x)
 
-    def defer(self) -> "DeferredNorm":
+    def defer(self) -> "Deferred":
         assert self.residual is None or self.activation is Activation.IDENTITY
         deferred = _Defer.apply(self.x, self.weight, self.bias, self.residual, self)
         deferred._node = _own(_GRAD_FN, deferred)
@@ -127,7 +179,7 @@ class _Defer(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, pending):
         ctx.save_for_backward(x, weight, bias, pending.mean, pending.variance)
         ctx.eps, ctx.activation, ctx.training = pending.eps, pending.activation, pending.training
-        return DeferredNorm(pending)
+        return Deferred(pending)
 
     @staticmethod
     def backward(ctx, grad):
@@ -180,27 +232,27 @@ class _Become(torch.autograd.Function):
         return None, grad
 
 
-class DeferredNorm(torch.Tensor):
-    """The output of a batch norm, not computed yet.
+class Deferred(torch.Tensor):
+    """An output that is not computed yet.
 
     Functions of torch see it by `__torch_function__`: a few are fused, all others get the plain result in its place.
     What calls into torch by other ways (a custom `torch.autograd.Function`, a module's backward hooks) meets a tensor
     with the right place in the graph and no memory, whose values come by `__torch_dispatch__`.
     """
 
-    _pending: PendingNorm
+    _pending: Pending
     _node: Any  # its place in the graph, as far as it is known here
     _value: Tensor | None  # the result, once it had to be computed
     _stands_for: Tensor | None  # the plain tensor that it has become: every look at it is a look at that
     _seen_version: int | None  # of that tensor, when its place in the graph was looked at last
 
     @staticmethod
-    def __new__(cls, pending: PendingNorm):
-        x = pending.x
+    def __new__(cls, pending: Pending):
+        shape = pending.shape
         self = torch.Tensor._make_wrapper_subclass(
-            cls, x.shape, strides=batch_last_strides(x.shape), dtype=x.dtype, device=x.device
+            cls, shape, strides=batch_last_strides(shape), dtype=pending.dtype, device=pending.device
         )
-        self._pending, self._value, self._stands_for = pending, None, None
+        self._pending, self._node, self._value, self._stands_for = pending, None, None, None
         return self
 
     @classmethod
@@ -211,18 +263,18 @@ class DeferredNorm(torch.Tensor):
         fused = None
         if func in _SUMS and len(args) == 2 and not kwargs:
             fused = _add(args[0], args[1], _SUMS[func])
-        elif func in _ACTIVATIONS and args and isinstance(args[0], DeferredNorm):
+        elif func in _ACTIVATIONS and args and isinstance(args[0], Deferred):
             call = _ACTIVATIONS[func](*args, **kwargs)
             fused = None if call is None else _activate(args[0], *call)
         if fused is not None:
             return fused
-        seen: list[DeferredNorm] = []
+        seen: list[Deferred] = []
 
-        def plain(deferred: DeferredNorm) -> Tensor:
+        def plain(deferred: Deferred) -> Tensor:
             seen.append(deferred)
-            return _result(deferred)
+            return result_of(deferred)
 
-        args, kwargs = tree_map_only(DeferredNorm, plain, (args, kwargs))
+        args, kwargs = tree_map_only(Deferred, plain, (args, kwargs))
         result = func(*args, **kwargs)
         for deferred in seen:
             _follow(deferred)
@@ -230,7 +282,7 @@ class DeferredNorm(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        args, kwargs = tree_map_only(DeferredNorm, _value_below_autograd, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Deferred, _value_below_autograd, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -240,22 +292,20 @@ def _own(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def _has_another_history(deferred: DeferredNorm) -> bool:
+def _has_another_history(deferred: Deferred) -> bool:
     """Whether a custom function has given it away as its own output."""
     return _own(_GRAD_FN, deferred) is not deferred._node
 
 
-def _compute(deferred: DeferredNorm) -> Tensor:
+def _compute(deferred: Deferred) -> Tensor:
     if deferred._value is None:
-        pending = deferred._pending
-        if pending.activation:
-            pending.patience.lose()
+        deferred._pending.looked_at()
         with torch.no_grad():
-            deferred._value = pending.compute()
+            deferred._value = deferred._pending.compute()
     return deferred._value
 
 
-def _result(deferred: DeferredNorm) -> Tensor:
+def result_of(deferred: Deferred) -> Tensor:
     """The plain tensor that takes the deferred one's place, from now on."""
     now = deferred._stands_for
     if now is not None and not _has_another_history(deferred):
@@ -263,7 +313,7 @@ def _result(deferred: DeferredNorm) -> Tensor:
     if now is not None:
         deferred._value = now.detach()
     # Its place in the graph is that of the deferred one, whatever mode is on as it is computed.
-    with torch.inference_mode(deferred._pending.x.is_inference()):
+    with torch.inference_mode(deferred._pending.inference):
         now = _compute(deferred)
         if _own(_REQUIRES_GRAD, deferred):
             with torch.enable_grad():
@@ -272,7 +322,7 @@ def _result(deferred: DeferredNorm) -> Tensor:
     return now
 
 
-def _become(deferred: DeferredNorm, other: Tensor) -> None:
+def _become(deferred: Deferred, other: Tensor) -> None:
     """After an operation in place all who hold the tensor see what it has become, by whatever way they look."""
     deferred._stands_for, deferred._seen_version = other, _version(other)
     if torch.is_grad_enabled() and (other.requires_grad or _own(_REQUIRES_GRAD, deferred)):
@@ -280,14 +330,14 @@ def _become(deferred: DeferredNorm, other: Tensor) -> None:
         deferred._node = _own(_GRAD_FN, deferred)
 
 
-def _follow(deferred: DeferredNorm) -> None:
+def _follow(deferred: Deferred) -> None:
     """Notice that the plain tensor was changed in place."""
     now = deferred._stands_for
     if now is not None and _version(now) != deferred._seen_version:
         _become(deferred, now)
 
 
-def _value_below_autograd(deferred: DeferredNorm) -> Tensor:
+def _value_below_autograd(deferred: Deferred) -> Tensor:
     now = deferred._stands_for
     if now is None:
         return _compute(deferred)
@@ -299,25 +349,25 @@ def _value_below_autograd(deferred: DeferredNorm) -> Tensor:
     return now
 
 
-def _pending_of(tensor: Any) -> PendingNorm | None:
+def pending_of(tensor: Any) -> Pending | None:
     """What is still to be computed, if nothing has become of it yet and gradients are recorded as they were."""
     if (
-        isinstance(tensor, DeferredNorm)
+        isinstance(tensor, Deferred)
         and tensor._stands_for is None
         and tensor._pending.grad_enabled == torch.is_grad_enabled()
-        and tensor._pending.x.is_inference() == torch.is_inference_mode_enabled()
+        and tensor._pending.inference == torch.is_inference_mode_enabled()
         and not _has_another_history(tensor)
     ):
         return tensor._pending
     return None
 
 
-def _activate(deferred: DeferredNorm, activation: Activation, in_place: bool) -> Tensor | None:
-    pending = _pending_of(deferred)
+def _activate(deferred: Deferred, activation: Activation, in_place: bool) -> Tensor | None:
+    pending = pending_of(deferred)
     if pending is None or pending.activation:
         return None
     pending.check()
-    activated = replace(pending, activation=activation)
+    activated = pending.activated(activation)
     if not activated.may_wait():
         result = activated.compute()
         if in_place:
@@ -337,8 +387,8 @@ def take_unfinished(x: Tensor) -> PendingNorm | None:
 
     The first to ask gets it. Whoever comes later finds a tensor.
     """
-    pending = _pending_of(x)
-    if pending is None or not pending.activation:
+    pending = pending_of(x)
+    if not isinstance(pending, PendingNorm) or not pending.activation:
         return None
     if pending.taken or not pending.patience.lasts(pending.x):
         pending.patience.lose()
@@ -350,21 +400,21 @@ def take_unfinished(x: Tensor) -> PendingNorm | None:
 
 def _add(a: Any, b: Any, in_place: bool) -> Tensor | None:
     for deferred, residual in ((a, b),) if in_place else ((a, b), (b, a)):
-        pending = _pending_of(deferred)
+        pending = pending_of(deferred)
         if pending is None or pending.residual is not None or pending.activation or deferred is residual:
             continue
-        if isinstance(residual, DeferredNorm):
-            residual = _result(residual)
-        x = pending.x
-        if type(residual) is not Tensor or (residual.shape, residual.dtype, residual.device) != (
-            x.shape, x.dtype, x.device
-        ):  # fmt: skip
-            return None
+        if isinstance(residual, Deferred):
+            if tuple(residual._pending.shape) != tuple(pending.shape):
+                continue
+            residual = result_of(residual)
+        if type(residual) is not Tensor or not pending.takes(residual):
+            continue
         pending.check()
-        added = replace(pending, residual=residual)
+        added = pending.added(residual)
         if not in_place:
             return added.defer()
-        _Add.apply(deferred, residual)
+        if torch.is_grad_enabled():
+            _Add.apply(deferred, residual)
         deferred._pending, deferred._node, deferred._value = added, _own(_GRAD_FN, deferred), None
         return deferred
     return None

@@ -3,7 +3,8 @@
 torch's own batch norm copies a batch-last activation twice, and adding a residual and an activation are passes of
 their own. Where the activation is part of the module (timm's BatchNormAct2d) it is computed at once; where the
 model's code applies it, the output is deferred until then, and where a sparse convolution reads it, until that does
-(see deferred.py).
+(see deferred.py). In evaluation without gradients a sparse convolution before the norm does all of it (see
+pending_conv.py).
 """
 
 from weakref import WeakKeyDictionary
@@ -11,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn.deferred import Patience, PendingNorm
+from sparse_ft.nn.deferred import Deferred, Patience, PendingNorm
+from sparse_ft.nn.pending_conv import join_norm
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import Activation, is_batch_last, native_reason
 from sparse_ft.ops.gradients import batch_norm, batch_norm_statistics
@@ -28,8 +30,10 @@ def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 
 
 def _can_wait(x: Tensor) -> bool:
-    # A traced graph has all it needs to fuse by itself.
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    # A traced graph has all it needs to fuse by itself. What counts no versions could change unseen.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return type(x) is Tensor and not x.is_inference()
 
 
 _patience: WeakKeyDictionary[nn.Module, Patience] = WeakKeyDictionary()  # of every norm that was used
@@ -74,6 +78,9 @@ class LayoutNorm(nn.BatchNorm2d):
     """torch's batch norm."""
 
     def forward(self, x: Tensor) -> Tensor:
+        joined = join_norm(self, x, None) if type(x) is Deferred else None
+        if joined is not None:
+            return joined
         return _normalise(self, x, None) if _keeps_layout(self, x) else super().forward(x)
 
 
@@ -85,9 +92,12 @@ class LayoutNormAct(nn.BatchNorm2d):
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
+        activation = _activation_of(self.act) if type(self.drop) is nn.Identity else None
+        joined = join_norm(self, x, activation) if type(x) is Deferred else None
+        if joined is not None:
+            return joined if activation is not None else self.act(self.drop(joined))
         if not _keeps_layout(self, x):
             return super().forward(x)
-        activation = _activation_of(self.act) if type(self.drop) is nn.Identity else None
         if activation is None:
             return self.act(self.drop(_normalise(self, x, None)))
         return _normalise(self, x, activation)

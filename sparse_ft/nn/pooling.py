@@ -6,19 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.nn.stock import adapts
-from sparse_ft.ops import is_batch_last, native_reason
-from sparse_ft.ops.gradients import avg_pool2d, max_pool2d
+from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, is_batch_last, native_reason
+from sparse_ft.ops.gradients import avg_pool2d, max_pool2d, to_layout
 
 _LEAST_BATCH = 4  # lanes are samples: with fewer of them torch's own is faster, copies and all
+_LARGE = 2**16
 _MOST_TAPS = 255
 
 
-def _keeps_layout(x: Tensor) -> bool:
+def keeps_layout(x: Tensor) -> bool:
+    """Whether the native pooling is to take `x`, which is batch-last."""
     return (
         x.dim() == 4
         and x.shape[0] >= _LEAST_BATCH
         and x.numel() > 0
         and not torch.compiler.is_compiling()
+        and is_batch_last(x)
+        and native_reason(x) is None
+    )
+
+
+def _few_samples(x: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and x.dim() == 4
+        and 0 < x.shape[0] < _LEAST_BATCH
+        and x.numel() >= _LARGE
         and is_batch_last(x)
         and native_reason(x) is None
     )
@@ -92,12 +106,17 @@ class LayoutMaxPool(nn.MaxPool2d):
 
     def forward(self, x: Tensor):
         windows = None
-        if not self.return_indices and _keeps_layout(x):
+        if not self.return_indices and keeps_layout(x):
             windows = _max_windows(
                 tuple(x.shape[2:]), _pair(self.kernel_size), _pair(self.stride), _pair(self.padding),
                 _pair(self.dilation), self.ceil_mode,
             )  # fmt: skip
-        return super().forward(x) if windows is None else max_pool2d(x, *windows)[0]
+        if windows is not None:
+            return max_pool2d(x, *windows)[0]
+        if _few_samples(x) and not self.return_indices:
+            # torch's own takes ten times as long in batch-last layout, which is contiguous for a single sample.
+            return to_layout(super().forward(to_layout(x, CHANNELS_LAST)), BATCH_LAST)
+        return super().forward(x)
 
 
 @adapts("torch.nn", "AvgPool2d")
@@ -106,7 +125,7 @@ class LayoutAvgPool(nn.AvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         windows = None
-        if _keeps_layout(x) and self.divisor_override != 0:
+        if keeps_layout(x) and self.divisor_override != 0:
             windows = _average_windows(
                 tuple(x.shape[2:]), _pair(self.kernel_size), _pair(self.stride), _pair(self.padding), self.ceil_mode,
                 self.count_include_pad, self.divisor_override,
@@ -120,7 +139,7 @@ class LayoutAdaptiveAvgPool(nn.AdaptiveAvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = (self.output_size,) * 2 if isinstance(self.output_size, int) else self.output_size
-        if not _keeps_layout(x) or wanted is None or min(1 if size is None else size for size in wanted) < 1:
+        if not keeps_layout(x) or wanted is None or min(1 if size is None else size for size in wanted) < 1:
             return super().forward(x)
         output = tuple(have if want is None else want for have, want in zip(x.shape[2:], wanted, strict=True))
         return avg_pool2d(x, *_adaptive_windows(tuple(x.shape[2:]), output))

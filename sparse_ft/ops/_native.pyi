@@ -7,6 +7,7 @@ from typing_extensions import CapsuleType
 
 _Sizes = Sequence[int]
 _Norm = tuple[int, int, int, int, int]  # addresses of mean, rstd, weight and bias; the activation
+_ResultNorm = tuple[int, int, int, int, float, int, int]  # mean, variance, weight, bias; eps; residual; activation
 
 class Convolution:
     def __init__(self, weight: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int) -> None: ...
@@ -18,7 +19,7 @@ def block(shape: _Sizes, strides: _Sizes) -> CapsuleType: ...
 def forward(
     conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int, y_stride: _Sizes,
     row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs | None, threads: int,
-    norm: _Norm | None,
+    norm: _Norm | None, result: _ResultNorm | None,
 ) -> None: ...  # fmt: skip
 def input_grad(
     conv: Convolution, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,

@@ -17,7 +17,13 @@ _LARGE = 2**18  # elements: a megabyte
 
 
 def empty_strided(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """An uninitialised dense tensor with the dtype and device of `like`."""
+    """An uninitialised dense tensor with the dtype and device of `like`.
+
+    It counts its versions in inference mode as well: who computes later than asked sees whether it has changed.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return empty_strided(like, shape, strides)
     if (
         type(like) in (Tensor, nn.Parameter)
         and like.dtype == torch.float32

@@ -20,14 +20,18 @@ def provide(implementations: dict[str, Callable]) -> None:
     _implementations.update(implementations)
 
 
-def _unwatched(args: tuple) -> bool:
-    if (
+def transformed() -> bool:
+    """Whether a mode, a transform or a tracer gives calls another meaning."""
+    return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    ):
+    )
+
+
+def _unwatched(args: tuple) -> bool:
+    if transformed() or torch.autograd._profiler_enabled():
         return False
     return all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
 

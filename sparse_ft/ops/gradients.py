@@ -194,6 +194,18 @@ def _batch_norm_differentiable(x, weight, bias, mean, variance, eps, residual=No
     return _BatchNorm.apply(x, weight, bias, mean, variance, eps, residual, activation, training)
 
 
+def _conv2d_norm_differentiable(x, values, bias, pattern, *rest):
+    """Where a gradient may be recorded, the operators that it is made of, which have one."""
+    if not torch.is_grad_enabled():
+        return _conv2d_norm(x, values, bias, pattern, *rest)
+    geometry, (norm_weight, norm_bias, mean, variance, eps, residual, activation) = rest[:5], rest[5:]
+    if mean is None:
+        norm_weight = norm_bias = None
+        mean, variance, eps = x.new_zeros(geometry[0][0]), x.new_ones(geometry[0][0]), 0.0
+    y = conv2d(x, values, bias, pattern, *geometry)
+    return batch_norm(y, norm_weight, norm_bias, mean, variance, eps, residual, activation)[0]
+
+
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *windows):
@@ -261,14 +273,15 @@ _DIFFERENTIABLE = {
     "conv2d": _Conv2d.apply,
     "norm_conv2d": _NormConv2d.apply,
     "batch_norm": _batch_norm_differentiable,
+    "conv2d_norm": _conv2d_norm_differentiable,
     "max_pool2d": _MaxPool2d.apply,
     "avg_pool2d": _AvgPool2d.apply,
     "to_layout": _ToLayout.apply,
 }
-_linear, _conv2d, _norm_conv2d, _batch_norm, _max_pool2d, _avg_pool2d, _to_layout = map(
+_linear, _conv2d, _norm_conv2d, _batch_norm, _conv2d_norm, _max_pool2d, _avg_pool2d, _to_layout = map(
     below_autograd, _DIFFERENTIABLE
 )
-linear, conv2d, norm_conv2d, batch_norm, max_pool2d, avg_pool2d, to_layout = (
+linear, conv2d, norm_conv2d, batch_norm, conv2d_norm, max_pool2d, avg_pool2d, to_layout = (
     caller(name, function) for name, function in _DIFFERENTIABLE.items()
 )
 linear_input_grad, linear_weight_grad = caller("linear_input_grad"), caller("linear_weight_grad")
@@ -283,3 +296,36 @@ for _name, _function in _DIFFERENTIABLE.items():
 for _name in IMPLEMENTATIONS:
     if _name.endswith(("_grad", "_backward", "_statistics")):
         library.impl(_name, _once(_name), "Autograd")
+
+
+def image_sum(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, 1, 1): sums over the positions of each image; of its rows first, to be more exact."""
+    height, width = x.shape[2:]
+    rows = avg_pool2d(
+        x, tuple(range(height)), tuple(range(1, height + 1)), (1.0,) * height, (0,), (width,), (1.0,)
+    )  # fmt: skip
+    return avg_pool2d(rows, (0,), (height,), (1.0,), (0,), (1,), (1.0,))
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate):
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate = ctx.saved_tensors
+        grad_gate = None
+        if not is_batch_last(grad):
+            grad = to_layout(grad, BATCH_LAST)
+        if ctx.needs_input_grad[1]:
+            grad_gate = image_sum(grad * x)
+        return grad * gate if ctx.needs_input_grad[0] else None, grad_gate
+
+
+def gate(x: Tensor, gate: Tensor) -> Tensor:
+    """A batch-last activation (N, C, H, W) times (N, C, 1, 1), whose gradient is summed by the native pooling."""
+    if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
+        return _Gate.apply(x, gate)
+    return x * gate

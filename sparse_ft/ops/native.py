@@ -167,7 +167,10 @@ def to_layout(x: Tensor, layout: int) -> Tensor:
         return out.copy_(x)
     threads, plane = _threads(2 * x.numel()), h * w
     other = layout if have == BATCH_LAST else have
-    if other == CONTIGUOUS:  # (n, chw) <-> (chw, n)
+    if n == 1:  # (hw, c) <-> (c, hw): what is batch-last is contiguous as well
+        rows, cols = (plane, c) if layout == BATCH_LAST else (c, plane)
+        batch, from_stride, to_stride = (1, 1), (0, 0, cols), (0, 0, rows)
+    elif other == CONTIGUOUS:  # (n, chw) <-> (chw, n)
         rows, cols = (n, c * plane) if layout == BATCH_LAST else (c * plane, n)
         batch, from_stride, to_stride = (1, 1), (0, 0, cols), (0, 0, rows)
     elif layout == BATCH_LAST:  # (n, hw, c) -> (c, hw, n): one (n, c) transpose per position
@@ -189,19 +192,55 @@ def _norm_arguments(norm) -> tuple[int, int, int, int, int] | None:
     return None if norm is None else (*map(_pointer, norm[:4]), norm[4])
 
 
-def conv2d(
-    x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, out: Tensor, norm=None
-) -> Tensor:
-    """`norm`: (mean, rstd, weight, bias, activation) that x goes through on its way in."""
-    x, flat = as_batch_last(x), _is_flat(weight_shape, stride, padding)
-    source, dest = _Activations(x.shape, flat), _Activations(out.shape, flat)
-    _native.forward(
-        convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
-        dest.positions, out.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(),
-        _pointer(bias), values.numel(), programs(pattern), _conv_threads(values.numel(), x, out),
-        _norm_arguments(norm),
+def _result_arguments(result) -> tuple[int, int, int, int, float, int, int] | None:
+    if result is None:
+        return None
+    mean, variance, weight, bias, eps, residual, activation = result
+    return (
+        _pointer(mean), _pointer(variance), _pointer(weight), _pointer(bias), eps, _pointer(residual), activation
     )  # fmt: skip
+
+
+def conv2d(
+    x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, out: Tensor, norm=None, result=None
+) -> Tensor:
+    """`norm`: (mean, rstd, weight, bias, activation) that x goes through on its way in; `result`: (mean, variance,
+    weight, bias, eps, batch-last residual, activation) that the sums go through on their way out."""
+    conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    plan = plan_conv2d(x.shape, out.shape, conv, values.numel(), torch.get_num_threads())
+    run_conv2d(plan, as_batch_last(x), values, bias, pattern, programs(pattern), out, norm, result)
     return out
+
+
+class ConvPlan(NamedTuple):
+    """What a convolution's call says beside addresses."""
+
+    convolution: _native.Convolution
+    size: tuple
+    strides: tuple
+    positions: tuple
+    out_strides: tuple
+    nnz: int
+    threads: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_conv2d(shape, out_shape, conv, nnz: int, most_threads: int) -> ConvPlan:
+    weight_shape, stride, padding = conv[:3]
+    flat = _is_flat(weight_shape, stride, padding)
+    source, dest = _Activations(shape, flat), _Activations(out_shape, flat)
+    # Packing and storing cost about one operation an element, whatever few nonzeros there are.
+    positions, elements = math.prod(out_shape) // max(1, out_shape[1]), math.prod(shape) + math.prod(out_shape)
+    threads = max(1, min(most_threads, (2 * nnz * positions + elements) // _OPERATIONS_PER_THREAD))
+    return ConvPlan(convolution(*conv), source.size, source.strides, dest.positions, dest.strides, nnz, threads)
+
+
+def run_conv2d(plan: ConvPlan, x, values, bias, pattern, programs, out: Tensor, norm=None, result=None) -> None:
+    _native.forward(
+        plan.convolution, plan.size, x.data_ptr(), plan.strides, plan.positions, out.data_ptr(), plan.out_strides,
+        pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), plan.nnz, programs,
+        plan.threads, _norm_arguments(norm), _result_arguments(result),
+    )  # fmt: skip
 
 
 def conv2d_input_grad(
@@ -247,7 +286,7 @@ def linear(x, values, bias, pattern, in_features, out_features, out: Tensor) -> 
     _native.forward(
         conv, size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0), pattern[0].data_ptr(),
         pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(), programs(pattern),
-        _linear_threads(values.numel(), x, out, in_features), None,
+        _linear_threads(values.numel(), x, out, in_features), None, None,
     )  # fmt: skip
     return out
 

@@ -77,7 +77,8 @@ class SparsePattern(nn.Module):
     @property
     def tensors(self) -> list[Tensor]:
         """The index tensors in the order that the operators take them."""
-        return [self.row_ptr, self.col, self.t_row_ptr, self.t_col, self.perm]
+        buffers = self._buffers  # not one by one through a module's `__getattr__`
+        return [buffers["row_ptr"], buffers["col"], buffers["t_row_ptr"], buffers["t_col"], buffers["perm"]]  # type: ignore[list-item]
 
     def flat_index(self) -> Tensor:
         """Positions in the flattened dense weight, int64 (nnz,), ascending."""

@@ -86,6 +86,13 @@ def normalise(x, weight, bias, mean, rstd, activation) -> Tensor:
     return activate(_before_activation(x, weight, bias, mean, rstd, None), activation).to(x.dtype)
 
 
+def finish(y, weight, bias, mean, variance, eps, residual, activation) -> Tensor:
+    """What follows a convolution: a norm (if `mean` is given), a residual, an activation."""
+    if mean is None:
+        return activate(_wide(y) if residual is None else _wide(y) + residual, activation).to(y.dtype)
+    return batch_norm(y, weight, bias, mean, variance, eps, residual, activation)[0]
+
+
 def batch_norm(x, weight, bias, mean, variance, eps, residual, activation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if mean is None:
         mean, variance = batch_norm_statistics(x)

@@ -6,6 +6,8 @@
     linear            (..., in), values, bias -> (..., out)
     conv2d            (N, C, H, W), values, bias -> (N, O, OH, OW)
     norm_conv2d       conv2d of activation(norm(x)), which is computed on its way in and never stored
+    conv2d_norm       conv2d followed by a norm with given statistics, a residual and an activation, all of which may
+                      be left out: activation(norm(conv2d) + residual), stored once
     batch_norm        (N, C, H, W) -> y = activation(norm(x) + residual), mean, 1/std, biased variance; measures the
                       statistics unless `mean` and `variance` are given; `training` says that they are x's own
     batch_norm_statistics   (N, C, H, W) -> mean, biased variance
@@ -42,6 +44,10 @@ from sparse_ft.ops.native import native_reason
 library = torch.library.Library("sparse_ft", "DEF")
 _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd, int activation"
+_RESULT = (
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? variance, float eps, Tensor? residual,"
+    " int activation"
+)
 _MAXIMUM = "int[] rows, int[] columns, int[] kernel, int[] dilation"
 _AVERAGE = "int[] rows, int[] row_ends, float[] row_scale, int[] columns, int[] column_ends, float[] column_scale"
 _LINEAR = "int in_features, int out_features"
@@ -56,6 +62,7 @@ for _schema in (
     f"conv2d_weight_grad(Tensor grad, Tensor x, Tensor[] pattern, {_CONV}) -> Tensor",
     f"norm_conv2d(Tensor x, {_NORM}, bool training, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}) -> Tensor",
     f"norm_conv2d_weight_grad(Tensor grad, Tensor x, {_NORM}, Tensor[] pattern, {_CONV}) -> Tensor",
+    f"conv2d_norm(Tensor x, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}, {_RESULT}) -> Tensor",
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps,"
     " Tensor? residual=None, int activation=0, bool training=False) -> (Tensor, Tensor, Tensor, Tensor)",
     "batch_norm_statistics(Tensor x) -> (Tensor, Tensor)",
@@ -235,6 +242,34 @@ def _norm_conv2d_weight_grad(
     return value_grad
 
 
+def _conv2d_norm(
+    x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, norm_weight, norm_bias, mean, variance,
+    eps, residual, activation,
+):  # fmt: skip
+    conv = (weight_shape, stride, padding, dilation, groups)
+    shape = conv2d_output_shape(x.shape, *conv)
+    _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
+    check_activation(activation)
+    for name, tensor in (
+        ("the norm's weight", norm_weight), ("its bias", norm_bias), ("mean", mean), ("variance", variance)
+    ):  # fmt: skip
+        check_channels(name, tensor, shape[1])
+    if (mean is None) != (variance is None) or (mean is None and (norm_weight is not None or norm_bias is not None)):
+        raise ValueError("conv2d_norm takes a norm's mean and variance together, or nothing of a norm")
+    if residual is not None:
+        check_same_shape("the residual", residual, shape)
+    norm = (norm_weight, norm_bias, mean, variance)
+    if native_reason(x, values, bias, residual, *norm):
+        y = reference.conv2d(x, values, bias, pattern, *conv)
+        return _batch_last(reference.finish(y, *norm, eps, residual, activation))
+    out = empty(shape, BATCH_LAST, x)
+    if out.numel():
+        residual = None if residual is None else native.as_batch_last(residual)
+        result = (*map(_contiguous, (mean, variance, norm_weight, norm_bias)), eps, residual, activation)
+        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out, result=result)
+    return out
+
+
 def _batch_norm(x, weight, bias, mean, variance, eps, residual=None, activation=0, training=False):
     check_image("the input", x.shape)
     check_activation(activation)
@@ -364,6 +399,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "conv2d_weight_grad": _conv2d_weight_grad,
     "norm_conv2d": _norm_conv2d,
     "norm_conv2d_weight_grad": _norm_conv2d_weight_grad,
+    "conv2d_norm": _conv2d_norm,
     "batch_norm": _batch_norm,
     "batch_norm_statistics": _batch_norm_statistics,
     "batch_norm_backward": _batch_norm_backward,
@@ -420,6 +456,14 @@ def _(grad, x, pattern, weight_shape, stride, padding, dilation, groups):
 def _(
     x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride, padding,
     dilation, groups,
+):  # fmt: skip
+    return empty(conv2d_output_shape(x.shape, weight_shape, stride, padding, dilation, groups), BATCH_LAST, x)
+
+
+@torch.library.register_fake("sparse_ft::conv2d_norm")
+def _(
+    x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, norm_weight, norm_bias, mean, variance,
+    eps, residual, activation,
 ):  # fmt: skip
     return empty(conv2d_output_shape(x.shape, weight_shape, stride, padding, dilation, groups), BATCH_LAST, x)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparse_ft
-from sparse_ft.nn import SparseModule, conv, deferred
+from sparse_ft.nn import SparseConv2d, SparseModule, conv, deferred
 
 # Narrow and shallow, so that rounding is not blown up by many norms of few values.
 NETWORKS = {
@@ -102,3 +102,28 @@ def test_the_fused_network_is_the_masked_dense_one(name, monkeypatch):
         assert (got["statistics"] - want["statistics"]).norm() <= 1e-4 * want["statistics"].norm()
         gradients = [torch.cat(list(result["gradients"].values())) for result in (got, want)]
         assert (gradients[0] - gradients[1]).norm() <= 5e-2 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("stems", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_norms_computed_by_their_convolutions(name, stems):
+    """In evaluation the same numbers to the last bit, for few samples and many, in either mode without gradients."""
+    model = network(name).eval().requires_grad_(False)
+    dense = copy.deepcopy(model)
+    chosen = [
+        n for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d) and (m.weight == 0).any() or (stems and isinstance(m, nn.Conv2d) and m.groups > 1)
+        or (stems and isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    ]  # fmt: skip
+    sparse_ft.convert(model, layers=chosen, min_sparsity=0.0)
+    at_once = copy.deepcopy(model)
+    for module in at_once.modules():
+        if isinstance(module, SparseConv2d):
+            module._patience.lose()
+    for batch in (1, 5, 16):
+        x = torch.randn(batch, 3, 64, 64)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                got, again, want = model(x), at_once(x), dense(x)
+            assert torch.equal(got, again)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

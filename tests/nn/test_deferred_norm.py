@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_ft.nn import follow_layout
-from sparse_ft.nn.deferred import DeferredNorm
+from sparse_ft.nn.deferred import Deferred
 from sparse_ft.ops import BATCH_LAST, is_batch_last
 
 SHAPE = (5, 6, 4, 7)
@@ -201,7 +201,7 @@ def test_one_pass(name):
     for _ in range(2):  # at first an activated norm waits for a convolution
         y = FUSED[name](norm(batch_last(torch.randn(SHAPE)).requires_grad_(True)), batch_last(torch.randn(SHAPE)))
         y * 1
-    y = y._stands_for if isinstance(y, DeferredNorm) else y  # of an alias
+    y = y._stands_for if isinstance(y, Deferred) else y  # of an alias
     assert type(y) is torch.Tensor and is_batch_last(y) and "BatchNorm" in y.grad_fn.name()
 
 

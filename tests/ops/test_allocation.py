@@ -66,7 +66,8 @@ def test_impossible_sizes():
 
 def test_in_inference_mode():
     with torch.inference_mode():
-        assert empty(LARGE, BATCH_LAST, torch.zeros(1)).is_inference()
+        for shape in (LARGE, (2, 3, 4, 5)):
+            assert empty(shape, BATCH_LAST, torch.zeros(1))._version == 0  # who computes later must see a change
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
