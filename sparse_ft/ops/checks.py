@@ -97,6 +97,16 @@ def check_activation(activation: int) -> None:
         raise ValueError(f"activation must be one of {list(map(int, Activation))} (see Activation), not {activation}")
 
 
+def check_whole_norm(weight, bias, mean, variance) -> None:
+    """A norm with its statistics, or none.
+
+    Raises:
+        ValueError: for a part of one.
+    """
+    if (mean is None) != (variance is None) or (mean is None and (weight is not None or bias is not None)):
+        raise ValueError("conv2d_norm takes a norm's mean and variance together, or nothing of a norm")
+
+
 def check_windows(shape, rows, columns, kernel, dilation) -> None:
     """Windows of a maximum: each has a position within the input, and a tap's number fits into a byte.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_ft.ops.activations import Activation
 from sparse_ft.ops.calls import below_autograd, caller
+from sparse_ft.ops.checks import check_whole_norm
 from sparse_ft.ops.layout import BATCH_LAST, is_batch_last, layout_of
 from sparse_ft.ops.schema import IMPLEMENTATIONS, library
 
@@ -199,8 +200,8 @@ def _conv2d_norm_differentiable(x, values, bias, pattern, *rest):
     if not torch.is_grad_enabled():
         return _conv2d_norm(x, values, bias, pattern, *rest)
     geometry, (norm_weight, norm_bias, mean, variance, eps, residual, activation) = rest[:5], rest[5:]
+    check_whole_norm(norm_weight, norm_bias, mean, variance)
     if mean is None:
-        norm_weight = norm_bias = None
         mean, variance, eps = x.new_zeros(geometry[0][0]), x.new_ones(geometry[0][0]), 0.0
     y = conv2d(x, values, bias, pattern, *geometry)
     return batch_norm(y, norm_weight, norm_bias, mean, variance, eps, residual, activation)[0]

@@ -36,6 +36,7 @@ from sparse_ft.ops.checks import (
     check_layout,
     check_same_shape,
     check_weight,
+    check_whole_norm,
     check_windows,
 )
 from sparse_ft.ops.layout import BATCH_LAST, empty, is_batch_last
@@ -254,8 +255,7 @@ def _conv2d_norm(
         ("the norm's weight", norm_weight), ("its bias", norm_bias), ("mean", mean), ("variance", variance)
     ):  # fmt: skip
         check_channels(name, tensor, shape[1])
-    if (mean is None) != (variance is None) or (mean is None and (norm_weight is not None or norm_bias is not None)):
-        raise ValueError("conv2d_norm takes a norm's mean and variance together, or nothing of a norm")
+    check_whole_norm(norm_weight, norm_bias, mean, variance)
     if residual is not None:
         check_same_shape("the residual", residual, shape)
     norm = (norm_weight, norm_bias, mean, variance)

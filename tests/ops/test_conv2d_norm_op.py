@@ -128,7 +128,7 @@ def test_arguments():
             call(x, values, None, pattern, *conv, *what)
 
     error("weight must have 24 values", torch.ones(23), *norm[1:], 1e-5, None, 0)
-    error("mean and variance together", *norm[:3], None, 1e-5, None, 0)
+    error("mean and variance together, or nothing of a norm", *norm[:3], None, 1e-5, None, 0)
     error("or nothing of a norm", norm[0], None, None, None, 1e-5, None, 0)
     error("the residual must have shape", *norm, 1e-5, torch.ones(7, 24, 5, 5), 0)
     error("activation must be one of", *norm, 1e-5, None, 7)

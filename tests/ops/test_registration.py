@@ -10,7 +10,9 @@ GEOMETRY = ((2, 1), (1, 0, 1, 2), (1, 1), 2)
 SHAPE = (4, 3, 3, 3)
 MAXIMUM = ([-1, 1, 3], [0, 2], (2, 3), (2, 1))
 AVERAGE = ([0, 2], [4, 6], [0.25, 0.25], [0, 1, 4], [1, 4, 5], [1.0, 0.5, 1.0])
-DIFFERENTIABLE = ("linear", "conv2d", "norm_conv2d", "batch_norm", "max_pool2d", "avg_pool2d", "to_layout")
+DIFFERENTIABLE = (
+    "linear", "conv2d", "norm_conv2d", "conv2d_norm", "batch_norm", "max_pool2d", "avg_pool2d", "to_layout"
+)  # fmt: skip
 
 
 def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
@@ -45,6 +47,12 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
             for bias in (leaf(4), None)
         ]
         + [(leaf(*image), None, None, mean, variance, 1, False, values, None, *conv)],
+        "conv2d_norm": [
+            (leaf(*image), values, bias, *conv, leaf(4), leaf(4), mean[:4], variance[:4], 1e-5, residual, activation)
+            for activation in (0, 1, 3)
+            for bias, residual in ((leaf(4), None), (None, leaf(*grad)))
+        ]
+        + [(leaf(*image), values, None, *conv, None, None, None, None, 0.0, leaf(*grad), 1)],
         "norm_conv2d_weight_grad": [
             (leaf(*grad), leaf(*image), leaf(6), leaf(6), mean, variance, activation, *conv)
             for activation in (0, 1, 3)
@@ -78,8 +86,8 @@ def _samples(name: str, dtype: torch.dtype) -> list[tuple]:
 
 NAMES = [
     "linear", "linear_input_grad", "linear_weight_grad", "linear_weight_bias_grad", "conv2d", "conv2d_input_grad",
-    "conv2d_weight_grad",
-    "norm_conv2d", "norm_conv2d_weight_grad", "batch_norm", "batch_norm_statistics", "batch_norm_backward",
+    "conv2d_weight_grad", "norm_conv2d", "norm_conv2d_weight_grad", "conv2d_norm", "batch_norm",
+    "batch_norm_statistics", "batch_norm_backward",
     "max_pool2d", "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
 ]  # fmt: skip
 
