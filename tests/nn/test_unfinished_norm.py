@@ -188,7 +188,6 @@ def test_into_a_checkpoint():
 def test_what_it_was_computed_from_may_not_change(taken):
     model = Chain(F.relu)
     sparse_ft.convert(model, policy="always", min_sparsity=0.0)
-    model.eval()
     with torch.no_grad():
         for _ in range(2):
             model(torch.randn(16, 6, 7, 9))
