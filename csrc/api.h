@@ -12,10 +12,17 @@
 
 namespace sparse_ft {
 
-// A 4-D activation (sample n, channel c, row y, column x); strides in floats. Either n has stride 1 (batch-last),
+// What activations are stored as. Weights, statistics and the gradients of both are float, as is all arithmetic.
+enum class Element { kFloat, kBfloat16 };
+struct Bf16 {  // the upper half of a float
+    uint16_t bits;
+};
+inline int64_t element_bytes(Element element) { return element == Element::kFloat ? sizeof(float) : sizeof(Bf16); }
+
+// A 4-D activation (sample n, channel c, row y, column x); strides in elements. Either n has stride 1 (batch-last),
 // or there is one position and c has (token-major): generated products are right for no other layout.
 struct View {
-    float* data;
+    void* data;
     int64_t n, c, y, x;
 };
 
@@ -60,6 +67,7 @@ struct ResultNorm {
 
 struct Product {
     Geometry geometry;
+    Element element;  // of source, dest and grad
     int64_t plane_count;
     const Plane* planes;
     int64_t nnz;
@@ -77,20 +85,21 @@ struct Product {
     int threads;
 };
 
-// Batch normalisation over a batch-last activation, where channel c is `size` contiguous floats, with what follows
-// it: y = activation((x - mean) * rstd * weight + bias + residual). Activations are `channels` * `size` floats.
+// Batch normalisation over a batch-last activation, where channel c is `size` contiguous elements, with what follows
+// it: y = activation((x - mean) * rstd * weight + bias + residual). Activations are `channels` * `size` elements.
 struct Norm {
     int64_t channels, size;
+    Element element;  // of x, residual, y and output, and of their gradients
     Activation activation;
-    const float *x, *residual;       // residual may be null
+    const void *x, *residual;        // residual may be null
     const float *weight, *bias;      // per channel; may be null
     float *mean, *variance, *rstd;   // per channel
     bool measure;                    // forward: mean and variance are x's, written here; otherwise given
     float eps;                       // forward writes rstd from it and the variance
-    float* y;                        // null: statistics only
+    void* y;                         // null: statistics only
     bool training;                   // backward: mean and variance depend on x
-    const float *grad, *output;      // backward: output (y) tells the slope where it can; may be null
-    float *grad_x, *grad_residual;   // may be null
+    const void *grad, *output;       // backward: output (y) tells the slope where it can; may be null
+    void *grad_x, *grad_residual;    // may be null
     float *grad_weight, *grad_bias;  // may be null
     int threads;
 };
@@ -106,18 +115,20 @@ struct Windows {
 
 struct Pool {  // over a batch-last activation; the maximum where `chosen` is given, otherwise the weighted sum
     int64_t batch, channels;
+    Element element;  // of input and output, and of their gradients
     Windows y, x;
-    const float* input;
-    float* output;
+    const void* input;
+    void* output;
     uint8_t* chosen;  // number of the tap (ty * x.taps + tx) that each maximum came from
-    const float* grad;
-    float* grad_input;
+    const void* grad;
+    void* grad_input;
     int threads;
 };
 
-struct Transpose {  // to[b][j][i] = from[b][i][j], i < rows, j < cols; strides in floats
-    const float* from;
-    float* to;
+struct Transpose {  // to[b][j][i] = from[b][i][j], i < rows, j < cols; strides in elements
+    Element element;
+    const void* from;
+    void* to;
     int64_t batch_outer, batch_inner, rows, cols;
     int64_t from_outer, from_inner, from_row;  // from column stride 1
     int64_t to_outer, to_inner, to_col;        // to row stride 1

@@ -30,7 +30,7 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-View view(Address data, const Four& stride) { return {at<float>(data), stride[0], stride[1], stride[2], stride[3]}; }
+View view(Address data, const Four& stride) { return {at<void>(data), stride[0], stride[1], stride[2], stride[3]}; }
 
 void raise(const char* problem) {
     if (problem != nullptr) throw std::invalid_argument(std::string("malformed sparse pattern: ") + problem);
@@ -111,39 +111,43 @@ class Exit {
     bool given = false;
 };
 
-void forward(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address y,
-             const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
+void forward(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride, Two out_size,
+             Address y, const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
              Programs* programs, int threads, const NormArguments& norm, const ResultArguments& result) {
     check(c);
     const Entrance entrance(norm, size[1]);
     const Exit exit(result, c.weight[0]);
     ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
                      programs, threads);
+    f.product.element = element_of(element);
     f.product.norm = entrance.get();
     f.product.result = exit.get();
+    require(result == std::nullopt || f.product.element == Element::kFloat, "only float32 results are normalised");
     f.product.values = at<const float>(values);
     f.product.bias = at<const float>(bias);
     f.product.dest = view(y, y_stride);
     run(active_kernels().gather_product, f.product);
 }
 
-void input_grad(const Convolution& c, const Four& size, Address grad, const Four& grad_stride, Two out_size,
-                Address grad_x, const Four& grad_x_stride, Address t_row_ptr, Address t_col, Address perm,
-                Address values, int64_t nnz, Programs* programs, int threads) {
+void input_grad(const Convolution& c, int element, const Four& size, Address grad, const Four& grad_stride,
+                Two out_size, Address grad_x, const Four& grad_x_stride, Address t_row_ptr, Address t_col,
+                Address perm, Address values, int64_t nnz, Programs* programs, int threads) {
     check(c);
-    const InputGradProduct g(c, size, view(grad, grad_stride), out_size, view(grad_x, grad_x_stride),
-                             at<const int32_t>(t_row_ptr), at<const int32_t>(t_col), at<const int32_t>(perm),
-                             at<const float>(values), nnz, programs, threads);
+    InputGradProduct g(c, size, view(grad, grad_stride), out_size, view(grad_x, grad_x_stride),
+                       at<const int32_t>(t_row_ptr), at<const int32_t>(t_col), at<const int32_t>(perm),
+                       at<const float>(values), nnz, programs, threads);
+    g.product.element = element_of(element);
     run(active_kernels().gather_product, g.product);
 }
 
-void weight_grad(const Convolution& c, const Four& size, Address x, const Four& x_stride, Two out_size, Address grad,
-                 const Four& grad_stride, Address row_ptr, Address col, Address value_grad, Address row_sums,
-                 int64_t nnz, Programs* programs, int threads, const NormArguments& norm) {
+void weight_grad(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride, Two out_size,
+                 Address grad, const Four& grad_stride, Address row_ptr, Address col, Address value_grad,
+                 Address row_sums, int64_t nnz, Programs* programs, int threads, const NormArguments& norm) {
     check(c);
     const Entrance entrance(norm, size[1]);
     ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
                      programs, threads);
+    f.product.element = element_of(element);
     f.product.norm = entrance.get();
     f.product.grad = view(grad, grad_stride);
     f.product.value_grad = at<float>(value_grad);
@@ -188,8 +192,8 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<Programs>(m, "Programs", "Generated kernels of one pattern; they die with it.").def(py::init<>());
 
-    m.def("block", [](const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
-        DLManagedTensor* block = make_block(shape, strides);
+    m.def("block", [](int element, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+        DLManagedTensor* block = make_block(element_of(element), shape, strides);
         if (block == nullptr) throw std::bad_alloc();
         // Whoever takes the tensor out renames the capsule; until then it owns the block.
         return py::capsule(block, "dltensor", [](PyObject* capsule) {
@@ -263,37 +267,39 @@ PYBIND11_MODULE(_native, m) {
               return results;
           });
 
-    m.def("norm_forward",
-          [](Address x, Address residual, int64_t channels, int64_t size, int activation, Address weight, Address bias,
-             float eps, bool measure, Address mean, Address variance, Address rstd, Address y, int threads) {
-              Norm q{};
-              q.activation = activation_of(activation);
-              q.x = at<const float>(x);
-              q.residual = at<const float>(residual);
-              q.channels = channels;
-              q.size = size;
-              q.weight = at<const float>(weight);
-              q.bias = at<const float>(bias);
-              q.eps = eps;
-              q.measure = measure;
-              q.mean = at<float>(mean);
-              q.variance = at<float>(variance);
-              q.rstd = at<float>(rstd);
-              q.y = at<float>(y);
-              q.threads = threads;
-              py::gil_scoped_release release;
-              active_kernels().norm_forward(q);
-          });
+    m.def("norm_forward", [](int element, Address x, Address residual, int64_t channels, int64_t size, int activation,
+                             Address weight, Address bias, float eps, bool measure, Address mean, Address variance,
+                             Address rstd, Address y, int threads) {
+        Norm q{};
+        q.element = element_of(element);
+        q.activation = activation_of(activation);
+        q.x = at<const void>(x);
+        q.residual = at<const void>(residual);
+        q.channels = channels;
+        q.size = size;
+        q.weight = at<const float>(weight);
+        q.bias = at<const float>(bias);
+        q.eps = eps;
+        q.measure = measure;
+        q.mean = at<float>(mean);
+        q.variance = at<float>(variance);
+        q.rstd = at<float>(rstd);
+        q.y = at<void>(y);
+        q.threads = threads;
+        py::gil_scoped_release release;
+        active_kernels().norm_forward(q);
+    });
     m.def("norm_backward",
-          [](Address grad, Address x, Address residual, Address output, int64_t channels, int64_t size, int activation,
-             Address weight, Address bias, Address mean, Address rstd, bool training, Address grad_x,
+          [](int element, Address grad, Address x, Address residual, Address output, int64_t channels, int64_t size,
+             int activation, Address weight, Address bias, Address mean, Address rstd, bool training, Address grad_x,
              Address grad_residual, Address grad_weight, Address grad_bias, int threads) {
               Norm q{};
+              q.element = element_of(element);
               q.activation = activation_of(activation);
-              q.grad = at<const float>(grad);
-              q.x = at<const float>(x);
-              q.residual = at<const float>(residual);
-              q.output = at<const float>(output);
+              q.grad = at<const void>(grad);
+              q.x = at<const void>(x);
+              q.residual = at<const void>(residual);
+              q.output = at<const void>(output);
               q.channels = channels;
               q.size = size;
               q.weight = at<const float>(weight);
@@ -301,8 +307,8 @@ PYBIND11_MODULE(_native, m) {
               q.mean = at<float>(mean);
               q.rstd = at<float>(rstd);
               q.training = training;
-              q.grad_x = at<float>(grad_x);
-              q.grad_residual = at<float>(grad_residual);
+              q.grad_x = at<void>(grad_x);
+              q.grad_residual = at<void>(grad_residual);
               q.grad_weight = at<float>(grad_weight);
               q.grad_bias = at<float>(grad_bias);
               q.threads = threads;
@@ -317,34 +323,54 @@ PYBIND11_MODULE(_native, m) {
             [](int64_t size, std::vector<int32_t> first, const std::vector<int32_t>& end, std::vector<float> scale) {
                 return std::make_unique<PoolAxis>(size, std::move(first), end, std::move(scale));
             }));
-    m.def("pool_forward", [](const PoolAxis& y, const PoolAxis& x, int64_t batch, int64_t channels, Address input,
-                             Address output, Address chosen, int threads) {
-        const Pool q{
-            batch,   channels, y.windows, x.windows, at<const float>(input), at<float>(output), at<uint8_t>(chosen),
-            nullptr, nullptr,  threads};
+    m.def("pool_forward", [](int element, const PoolAxis& y, const PoolAxis& x, int64_t batch, int64_t channels,
+                             Address input, Address output, Address chosen, int threads) {
+        const Pool q{batch,
+                     channels,
+                     element_of(element),
+                     y.windows,
+                     x.windows,
+                     at<const void>(input),
+                     at<void>(output),
+                     at<uint8_t>(chosen),
+                     nullptr,
+                     nullptr,
+                     threads};
         py::gil_scoped_release release;
         active_kernels().pool_forward(q);
     });
-    m.def("pool_backward", [](const PoolAxis& y, const PoolAxis& x, int64_t batch, int64_t channels, Address grad,
-                              Address chosen, Address grad_input, int threads) {
+    m.def("pool_backward", [](int element, const PoolAxis& y, const PoolAxis& x, int64_t batch, int64_t channels,
+                              Address grad, Address chosen, Address grad_input, int threads) {
         const Pool q{batch,
                      channels,
+                     element_of(element),
                      y.windows,
                      x.windows,
                      nullptr,
                      nullptr,
                      at<uint8_t>(chosen),
-                     at<const float>(grad),
-                     at<float>(grad_input),
+                     at<const void>(grad),
+                     at<void>(grad_input),
                      threads};
         py::gil_scoped_release release;
         active_kernels().pool_backward(q);
     });
-    m.def("transpose", [](Address from, Address to, Two batch, Two size, std::array<int64_t, 3> from_stride,
-                          std::array<int64_t, 3> to_stride, int threads) {
-        const Transpose q{
-            at<const float>(from), at<float>(to),  batch[0],     batch[1],     size[0],      size[1], from_stride[0],
-            from_stride[1],        from_stride[2], to_stride[0], to_stride[1], to_stride[2], threads};
+    m.def("transpose", [](int element, Address from, Address to, Two batch, Two size,
+                          std::array<int64_t, 3> from_stride, std::array<int64_t, 3> to_stride, int threads) {
+        const Transpose q{element_of(element),
+                          at<const void>(from),
+                          at<void>(to),
+                          batch[0],
+                          batch[1],
+                          size[0],
+                          size[1],
+                          from_stride[0],
+                          from_stride[1],
+                          from_stride[2],
+                          to_stride[0],
+                          to_stride[1],
+                          to_stride[2],
+                          threads};
         py::gil_scoped_release release;
         active_kernels().transpose(q);
     });

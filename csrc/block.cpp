@@ -22,8 +22,8 @@ void free_block(DLManagedTensor* managed) {
 
 }  // namespace
 
-DLManagedTensor* make_block(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
-    uint64_t bytes = sizeof(float);
+DLManagedTensor* make_block(Element element, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+    uint64_t bytes = uint64_t(element_bytes(element));
     for (int64_t size : shape)
         if (size < 0 || __builtin_mul_overflow(bytes, uint64_t(size), &bytes)) return nullptr;
     if (bytes > SIZE_MAX - kAlignment) return nullptr;
@@ -31,11 +31,11 @@ DLManagedTensor* make_block(const std::vector<int64_t>& shape, const std::vector
     if (block->memory == nullptr) return nullptr;
     const uintptr_t start = (reinterpret_cast<uintptr_t>(block->memory) + kAlignment - 1) / kAlignment * kAlignment;
     constexpr int32_t kCpu = 1;
-    constexpr uint8_t kFloat = 2;
+    constexpr uint8_t kFloat = 2, kBfloat = 4;
     block->managed = {{reinterpret_cast<void*>(start),
                        {kCpu, 0},
                        int32_t(block->shape.size()),
-                       {kFloat, 32, 1},
+                       {element == Element::kFloat ? kFloat : kBfloat, uint8_t(8 * element_bytes(element)), 1},
                        block->shape.data(),
                        block->strides.data(),
                        0},

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "api.h"
+
 namespace sparse_ft {
 
 // What DLPack (https://dmlc.github.io/dlpack/latest/c_api.html), version 0, hands over: a tensor and who frees it.
@@ -29,7 +31,7 @@ struct DLManagedTensor {
     void (*deleter)(DLManagedTensor*);
 };
 
-// An uninitialised float32 tensor on CPU; sizes and strides in floats must be of a dense one. Null: no memory.
-DLManagedTensor* make_block(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);
+// An uninitialised tensor on CPU; sizes and strides in elements must be of a dense one. Null: no memory.
+DLManagedTensor* make_block(Element element, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);
 
 }  // namespace sparse_ft

@@ -47,7 +47,7 @@ inline float* pack_values(const float* x, int64_t lanes, uint8_t bits, float* to
 template <class Body>
 void each_column(const Compact& a, const View& x, int64_t block, int64_t channel, Body body) {
     const int64_t plane = block * a.channels + channel;
-    float* from = x.data + channel * x.c + block * a.block_lanes;
+    float* from = static_cast<float*>(x.data) + channel * x.c + block * a.block_lanes;
     for (int64_t row = 0, at = plane * a.height * a.width; row < a.height; ++row)
         for (int64_t residue = 0; residue < a.column_step; ++residue)
             for (int64_t col = residue; col < a.width; col += a.column_step)

@@ -365,7 +365,8 @@ class CompactGradientSum {
             for (int64_t c = 0; c < place.cols + x.reach; ++c) {
                 const int64_t row = place.y + r - y.reach, col = place.x + c - x.reach;
                 float* to = tiles + (r * panel_cols + c) * 8 * width;
-                const float* from = g.data + place.block * a.block_lanes + channel * g.c + row * g.y + col * g.x;
+                const float* from = static_cast<const float*>(g.data) + place.block * a.block_lanes + channel * g.c +
+                                    row * g.y + col * g.x;
                 const bool inside = row >= 0 && row < q.output_h && col >= 0 && col < q.output_w;
                 const int64_t left = inside ? a.lanes - place.block * a.block_lanes - col * a.column_lanes : 0;
                 if (channels == width && left - (place.blocks - 1) * a.block_lanes >= 8) {

@@ -160,6 +160,11 @@ struct PoolAxis {
     PoolAxis(const PoolAxis&) = delete;  // the windows point into it
 };
 
+inline Element element_of(int code) {
+    require(code >= 0 && code <= int(Element::kBfloat16), "no such type of elements");
+    return Element(code);
+}
+
 inline Activation activation_of(int code) {
     require(code >= 0 && code <= int(Activation::kGeluTanh), "no such activation");
     return Activation(code);

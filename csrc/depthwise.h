@@ -19,13 +19,14 @@ inline bool is_depthwise(const Product& q) {
            (q.value_grad ? q.grad.n : q.dest.n) == 1;
 }
 
+template <class T>
 class Depthwise {
   public:
     explicit Depthwise(const Product& product)
         : q(product),
           g(product.geometry),
           bypass(!q.value_grad && result_bytes(q) > kBypassBytes),
-          whole(!q.value_grad && q.plane_count == 1 && g.batch % kLanes != 0 && g.dest_step_y == 1 &&
+          whole(std::is_same_v<T, float> && !q.value_grad && q.plane_count == 1 && g.batch % kLanes != 0 && g.dest_step_y == 1 &&
                 g.dest_step_x == 1 && find_frame(q.planes[0])) {
         for (int64_t i = 0; i < q.plane_count; ++i) stretches.push_back(cut(q.planes[i]));
     }
@@ -44,10 +45,12 @@ class Depthwise {
             if (problem.load() == nullptr) {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t channel = 0; channel < g.groups; ++channel) {
-                    if (whole)
-                        compute_whole(channel);
-                    else
-                        for (int64_t i = 0; i < q.plane_count; ++i) compute(i, channel);
+                    if constexpr (std::is_same_v<T, float>)
+                        if (whole) {
+                            compute_whole(channel);
+                            continue;
+                        }
+                    for (int64_t i = 0; i < q.plane_count; ++i) compute(i, channel);
                 }
                 if (bypass) finish_stores_around();
             }
@@ -65,7 +68,7 @@ class Depthwise {
         int32_t index;
     };
     struct Tap {         // an entry at the positions that it reaches
-        int64_t offset;  // floats from the position's own place in the source
+        int64_t offset;  // from the position's own place in the source
         float weight;
         int32_t index;
     };
@@ -73,8 +76,8 @@ class Depthwise {
         std::vector<Entry> entries;  // that reach it
         size_t first, end;           // those of them within the source at a row, which are
         std::vector<Tap> list;
-        const WindowKernels* window = nullptr;  // if they are a rectangle without a gap
-        float weights[kWindowTaps];             // of a window
+        const WindowKernels<T>* window = nullptr;  // if they are a rectangle without a gap
+        float weights[kWindowTaps];                // of a window
     };
     struct Stretch {  // positions of a row that the same taps reach
         int64_t first, end;
@@ -133,7 +136,7 @@ class Depthwise {
             taps.push_back({frame.taps[size_t(q.col[j])], q.values[q.perm ? q.perm[j] : j], 0});
         const int64_t floats = frame_floats();
         float* framed = frame_scratch.floats(size_t(floats + kTogether * kLanes));
-        fill_frame(q.source.data + channel * q.source.c, framed, floats);
+        fill_frame(static_cast<const float*>(q.source.data) + channel * q.source.c, framed, floats);
 
         const View& d = q.dest;
         const float bias = q.bias ? q.bias[channel] : 0.0f;
@@ -150,7 +153,7 @@ class Depthwise {
                         const int64_t at = channel * d.c + (p.dest_y + r) * d.y + (p.dest_x + i) * d.x;
                         float* results = stage + (r - y) * pitch + i * length;
                         result.finish(channel, results, at, length);
-                        write_run(d.data + at, results, length, bypass);
+                        write_run(static_cast<float*>(d.data) + at, results, length, bypass);
                     }
             }
         });
@@ -239,8 +242,8 @@ class Depthwise {
             const int64_t row = y * g.step_y;
             for (size_t i = 0; i < all.size(); ++i) {
                 clip(row, &taps[i]);
-                const float* from =
-                    q.source.data + channel * q.source.c + row * q.source.y + all[i].first * g.step_x * q.source.x;
+                const T* from = static_cast<const T*>(q.source.data) + channel * q.source.c + row * q.source.y +
+                                all[i].first * g.step_x * q.source.x;
                 if (q.value_grad)
                     add_products(channel, y, all[i], taps[i], from, sums.data());
                 else
@@ -282,7 +285,7 @@ class Depthwise {
         }
     }
 
-    const WindowKernels* window_of(const std::vector<Entry>& entries, size_t first, size_t end) const {
+    const WindowKernels<T>* window_of(const std::vector<Entry>& entries, size_t first, size_t end) const {
         if (first == end) return nullptr;
         const int64_t y = entries[first].source_y, x = entries[first].source_x;
         int64_t height = 0, width = 0;
@@ -290,9 +293,9 @@ class Depthwise {
         for (size_t i = first; i < end; ++height)
             for (int64_t column = 0; column < width; ++column, ++i)
                 if (i == end || entries[i].source_y != y + height || entries[i].source_x != x + column) return nullptr;
-        return find_window(height, width, g.step_x);
+        return find_window<T>(height, width, g.step_x);
     }
-    WindowRow window_row(const Stretch& stretch, const float* from, float* to, const float* grad, int64_t step) const {
+    WindowRow<T> window_row(const Stretch& stretch, const T* from, T* to, const T* grad, int64_t step) const {
         return {from, q.source.y, q.source.x, to, grad, step, stretch.end - stretch.first, g.batch};
     }
 
@@ -307,34 +310,41 @@ class Depthwise {
     }
 
     void write_sums(const Plane& p, int64_t channel, int64_t y, const Stretch& stretch, const Taps& taps,
-                    const float* from) {
+                    const T* from) {
         const View& d = q.dest;
         const Runs r = runs(stretch, d, g.dest_step_x);
-        float* to = d.data + channel * d.c + (p.dest_y + y * g.dest_step_y) * d.y +
-                    (p.dest_x + stretch.first * g.dest_step_x) * d.x;
+        T* to = static_cast<T*>(d.data) + channel * d.c + (p.dest_y + y * g.dest_step_y) * d.y +
+                (p.dest_x + stretch.first * g.dest_step_x) * d.x;
         const int64_t step = g.dest_step_x * d.x;
-        if (q.result == nullptr) return write_sums(channel, stretch, taps, from, to, r, step, bypass);
-        // A row waits in the first-level cache.
+        if constexpr (std::is_same_v<T, float>)
+            if (q.result != nullptr) return write_finished(channel, stretch, taps, from, to, r, step);
+        write_sums(channel, stretch, taps, from, to, r, step, bypass);
+    }
+
+    // With what follows a product's sums; a row of them waits in the first-level cache.
+    void write_finished(int64_t channel, const Stretch& stretch, const Taps& taps, const float* from, float* to,
+                        Runs staged, int64_t step) {
         const int64_t positions = stretch.end - stretch.first;
         thread_local Scratch scratch;
         float* stage = scratch.floats(size_t(positions * g.batch));
-        Runs staged = r;
         staged.to_step = g.batch;
         write_sums(channel, stretch, taps, from, stage, staged, g.batch, false);
         const int64_t pieces = step == g.batch ? 1 : positions, length = positions * g.batch / pieces;
         with_result(q, [&](auto result) {
             for (int64_t i = 0; i < pieces; ++i, to += step, stage += length) {
-                result.finish(channel, stage, to - d.data, length);
+                result.finish(channel, stage, to - static_cast<float*>(q.dest.data), length);
                 write_run(to, stage, length, bypass);
             }
         });
     }
 
-    void write_sums(int64_t channel, const Stretch& stretch, const Taps& taps, const float* from, float* to,
-                    const Runs& r, int64_t step, bool bypass) {
+    void write_sums(int64_t channel, const Stretch& stretch, const Taps& taps, const T* from, T* to, const Runs& r,
+                    int64_t step, bool bypass) {
         const float bias = q.bias ? q.bias[channel] : 0.0f;
         if (taps.window) {
-            const bool around = bypass && (reinterpret_cast<uintptr_t>(to) | uintptr_t(step * 4)) % sizeof(vec) == 0;
+            // Parts of lines that do not follow one another are better not stored around the caches.
+            const bool around = bypass && aligned_for_vectors(to) && step % kLanes == 0 &&
+                                (step == g.batch || g.batch * sizeof(T) % 64 == 0);
             return taps.window->sums(window_row(stretch, from + taps.list[0].offset, to, nullptr, step), taps.weights,
                                      bias, around);
         }
@@ -342,7 +352,7 @@ class Depthwise {
                                                                 write_vectors<3>, write_vectors<4>, write_vectors<5>,
                                                                 write_vectors<6>, write_vectors<7>, write_vectors<8>};
         for (int64_t i = 0; i < r.count; ++i, to += r.to_step) {
-            const bool around = bypass && reinterpret_cast<uintptr_t>(to) % sizeof(vec) == 0;
+            const bool around = bypass && aligned_for_vectors(to) && (r.count == 1 || r.length * sizeof(T) % 64 == 0);
             int64_t lane = 0;
             while (lane + kLanes <= r.length) {  // several vectors at a time, whose sums do not wait for each other
                 const int64_t vectors = std::min<int64_t>((r.length - lane) / kLanes, 8);
@@ -351,14 +361,15 @@ class Depthwise {
             }
             for (; lane < r.length; ++lane) {
                 float total = bias;
-                for (const Tap& tap : taps.list) total += tap.weight * from[tap.offset + i * r.from_step + lane];
-                to[lane] = total;
+                for (const Tap& tap : taps.list)
+                    total += tap.weight * widen(from[tap.offset + i * r.from_step + lane]);
+                store_one(to + lane, total);
             }
         }
     }
 
     template <int V>
-    static void write_vectors(const std::vector<Tap>& taps, const float* from, float bias, float* to, bool around) {
+    static void write_vectors(const std::vector<Tap>& taps, const T* from, float bias, T* to, bool around) {
         vec total[V];
         for (int v = 0; v < V; ++v) total[v] = splat(bias);
         for (const Tap& tap : taps) {
@@ -372,11 +383,11 @@ class Depthwise {
                 store(to + v * kLanes, total[v]);
     }
 
-    void add_products(int64_t channel, int64_t y, const Stretch& stretch, const Taps& taps, const float* from,
+    void add_products(int64_t channel, int64_t y, const Stretch& stretch, const Taps& taps, const T* from,
                       float* sums) const {
         const View& d = q.grad;
         const Runs r = runs(stretch, d, 1);
-        const float* grad = d.data + channel * d.c + y * d.y + stretch.first * d.x;
+        const T* grad = static_cast<const T*>(d.data) + channel * d.c + y * d.y + stretch.first * d.x;
         if (taps.window) {
             float products[kWindowTaps * kLanes];
             taps.window->products(window_row(stretch, from + taps.list[0].offset, nullptr, grad, d.x), products);
@@ -394,38 +405,42 @@ class Depthwise {
     }
 
     template <int... I>
-    static void add_some(const Tap* taps, int count, const float* source, const float* grad, const Runs& r,
-                         float* sums, std::integer_sequence<int, I...>) {
-        using Kernel = void (*)(const Tap*, const float*, const float*, const Runs&, float*);
+    static void add_some(const Tap* taps, int count, const T* source, const T* grad, const Runs& r, float* sums,
+                         std::integer_sequence<int, I...>) {
+        using Kernel = void (*)(const Tap*, const T*, const T*, const Runs&, float*);
         static constexpr Kernel kernels[] = {add_taps<I + 1>...};
         kernels[count - 1](taps, source, grad, r, sums);
     }
 
-    template <int T>
-    static void add_taps(const Tap* taps, const float* source, const float* grad, const Runs& r, float* sums) {
-        vec total[T];
-        const float* from[T];
-        for (int t = 0; t < T; ++t) {
+    template <int N>
+    static void add_taps(const Tap* taps, const T* source, const T* grad, const Runs& r, float* sums) {
+        vec total[N];
+        const T* from[N];
+        for (int t = 0; t < N; ++t) {
             total[t] = load(sums + taps[t].index * kLanes);
             from[t] = source + taps[t].offset;
         }
         for (int64_t i = 0; i < r.count; ++i) {
-            const float* line = grad + i * r.to_step;
+            const T* line = grad + i * r.to_step;
             const int64_t at = i * r.from_step;
             int64_t lane = 0;
             for (; lane + kLanes <= r.length; lane += kLanes) {
                 const vec v = load(line + lane);
-                for (int t = 0; t < T; ++t) total[t] += v * load(from[t] + at + lane);
+                for (int t = 0; t < N; ++t) total[t] += v * load(from[t] + at + lane);
             }
             if (lane < r.length) {
                 const int rest = int(r.length - lane);
                 const vec v = load_some(line + lane, rest);
-                for (int t = 0; t < T; ++t) total[t] += v * load_some(from[t] + at + lane, rest);
+                for (int t = 0; t < N; ++t) total[t] += v * load_some(from[t] + at + lane, rest);
             }
         }
-        for (int t = 0; t < T; ++t) store(sums + taps[t].index * kLanes, total[t]);
+        for (int t = 0; t < N; ++t) store(sums + taps[t].index * kLanes, total[t]);
     }
 };
+
+inline const char* run_depthwise(const Product& product) {
+    return with_element(product.element, [&](auto element) { return Depthwise<decltype(element)>(product).run(); });
+}
 
 }  // namespace SPARSE_FT_ISA
 }  // namespace sparse_ft

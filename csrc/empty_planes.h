@@ -5,31 +5,31 @@
 #include <vector>
 
 #include "bypass.h"
-#include "simd.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 
-inline void clear_plane(const Product& q, const Plane& p) {
+template <class T>
+void clear_plane(const Product& q, const Plane& p) {
     const Geometry& g = q.geometry;
     const View& d = q.dest;
     const int64_t channels = g.groups * g.rows_per_group;
     // Positions that follow one another are one run of zeros.
     const bool joined = d.x * g.dest_step_x == g.batch;
     const int64_t runs = joined ? 1 : p.width, length = joined ? p.width * g.batch : g.batch;
-    const bool around = length % kLanes == 0 && (d.c | d.y | d.x) % kLanes == 0 &&
-                        reinterpret_cast<uintptr_t>(d.data) % (4 * kLanes) == 0 && result_bytes(q) > kBypassBytes;
+    const bool around = length * sizeof(T) % 64 == 0 && (d.c | d.y | d.x) % kLanes == 0 &&
+                        aligned_for_vectors(static_cast<T*>(d.data)) && result_bytes(q) > kBypassBytes;
 #pragma omp parallel num_threads(q.threads)
     {
 #pragma omp for schedule(static) nowait
         for (int64_t c = 0; c < channels; ++c)
             for (int64_t y = 0; y < p.height; ++y) {
-                float* to = d.data + c * d.c + (p.dest_y + y * g.dest_step_y) * d.y + p.dest_x * d.x;
+                T* to = static_cast<T*>(d.data) + c * d.c + (p.dest_y + y * g.dest_step_y) * d.y + p.dest_x * d.x;
                 for (int64_t i = 0; i < runs; ++i, to += d.x * g.dest_step_x) {
                     if (around)
                         for (int64_t k = 0; k < length; k += kLanes) store_around(to + k, vec{});
                     else
-                        std::fill(to, to + length, 0.0f);
+                        std::fill(to, to + length, T{});
                 }
             }
         if (around) finish_stores_around();
@@ -52,7 +52,9 @@ const char* clearing_empty_planes(const Product& product, Run run) {
     rest.planes = full.data();
     rest.plane_count = int64_t(full.size());
     if (const char* problem = run(rest)) return problem;
-    for (const Plane& plane : empty) clear_plane(product, plane);
+    with_element(product.element, [&](auto element) {
+        for (const Plane& plane : empty) clear_plane<decltype(element)>(product, plane);
+    });
     return nullptr;
 }
 

@@ -111,7 +111,7 @@ inline View layout(float* data, int64_t n, int64_t c, int64_t y, int64_t x, bool
 }
 
 inline float& at(const View& v, int64_t n, int64_t c, int64_t y, int64_t x) {
-    return v.data[n * v.n + c * v.c + y * v.y + x * v.x];
+    return static_cast<float*>(v.data)[n * v.n + c * v.c + y * v.y + x * v.x];
 }
 
 inline void compare(const float* got, const std::vector<double>& expected, const std::vector<double>& size,

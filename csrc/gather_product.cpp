@@ -60,7 +60,7 @@ constexpr std::array<RowKernel, sizeof...(V) + 1> row_kernels(std::index_sequenc
 constexpr auto kRowKernels = row_kernels(std::make_index_sequence<kRowVectors>());
 
 // Writes one row's finished tile, staged as [tile row][padded run of `lanes` a position], to a batch-last destination.
-template <class Result>
+template <class T, class Result>
 void scatter_batch_last(const Geometry& g, const Plane& p, const Tile& tile, float* from, int64_t padded,
                         int64_t lanes, const View& d, int64_t row, const Result& result) {
     for (int64_t r = 0; r < tile.rows; ++r)
@@ -69,17 +69,18 @@ void scatter_batch_last(const Geometry& g, const Plane& p, const Tile& tile, flo
                                (p.dest_x + (tile.x + c) * g.dest_step_x) * d.x + tile.n;
             float* results = from + r * padded + c * lanes;
             result.finish(row, results, at, tile.lanes);
-            std::memcpy(d.data + at, results, size_t(tile.lanes) * sizeof(float));
+            write_run(static_cast<T*>(d.data) + at, results, tile.lanes, false);
         }
 }
 
 // The same for a block of rows of a channels-last destination: positions are transposed tiles.
+template <class T>
 void scatter_channels_last(const Geometry& g, const Plane& p, const Tile& tile, const float* from, int64_t padded,
                            const View& d, int64_t row, int64_t count) {
     for (int64_t r = 0; r < tile.rows; ++r)
         for (int64_t c = 0; c < tile.cols; ++c)
             transpose(from + r * padded + c * tile.lanes, tile.rows * padded,
-                      d.data + row + (p.dest_y + (tile.y + r) * g.dest_step_y) * d.y +
+                      static_cast<T*>(d.data) + row + (p.dest_y + (tile.y + r) * g.dest_step_y) * d.y +
                           (p.dest_x + (tile.x + c) * g.dest_step_x) * d.x + tile.n * d.n,
                       d.n, count, tile.lanes);
 }
@@ -180,45 +181,45 @@ class GatherProduct {
         const RowKernel kernel = kRowKernels[vectors];
         float* panel = panel_scratch.floats(size_t(t.panel_floats() + kRowVectors * kLanes));
         const View& d = q.dest;
-        const bool direct =
-            !q.result && d.n == 1 && run == padded && (tile.cols == 1 || d.x * g.dest_step_x == tile.lanes);
+        const bool direct = q.element == Element::kFloat && !q.result && d.n == 1 && run == padded &&
+                            (tile.cols == 1 || d.x * g.dest_step_x == tile.lanes);
         // A blocked reduction keeps all its rows' sums until the last block; otherwise 16 rows at a time are staged.
         const int64_t stage_rows = t.blocks > 1 ? std::min(g.rows_per_group, last - first) : 16;
         float* stage = direct ? nullptr : stage_scratch.floats(size_t(stage_rows * tile.rows * padded));
 
-        for_each_panel(t, g, first, last,
-                       [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
-                           pack_panel(t, tile, q, channel, count, panel);
-                           if (direct) {
-                               float* out = d.data + row0 * d.c + (p.dest_y + tile.y * g.dest_step_y) * d.y +
-                                            (p.dest_x + tile.x * g.dest_step_x) * d.x + tile.n;
-                               kernel(set, block, row0, row1, panel, tile.rows, t.row_stride, out, d.c,
-                                      g.dest_step_y * d.y, q.bias);
-                               return;
-                           }
-                           for (int64_t row = row0; row < row1; row += stage_rows) {
-                               const int64_t end = std::min(row + stage_rows, row1);
-                               kernel(set, block, row, end, panel, tile.rows, t.row_stride, stage, tile.rows * padded,
-                                      padded, q.bias);
-                               if (block + 1 < t.blocks) continue;
-                               if (d.n == 1) {
-                                   with_result(q, [&](auto result) {
-                                       for (int64_t r = row; r < end; ++r)
-                                           scatter_batch_last(g, p, tile, stage + (r - row) * tile.rows * padded,
-                                                              padded, t.lanes, d, r, result);
-                                   });
-                               } else {
-                                   scatter_channels_last(g, p, tile, stage, padded, d, row, end - row);
-                               }
-                           }
-                       });
+        for_each_panel(
+            t, g, first, last, [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
+                pack_panel(t, tile, q, channel, count, panel);
+                if (direct) {
+                    float* out = static_cast<float*>(d.data) + row0 * d.c + (p.dest_y + tile.y * g.dest_step_y) * d.y +
+                                 (p.dest_x + tile.x * g.dest_step_x) * d.x + tile.n;
+                    kernel(set, block, row0, row1, panel, tile.rows, t.row_stride, out, d.c, g.dest_step_y * d.y,
+                           q.bias);
+                    return;
+                }
+                for (int64_t row = row0; row < row1; row += stage_rows) {
+                    const int64_t end = std::min(row + stage_rows, row1);
+                    kernel(set, block, row, end, panel, tile.rows, t.row_stride, stage, tile.rows * padded, padded,
+                           q.bias);
+                    if (block + 1 < t.blocks) continue;
+                    with_element(q.element, [&](auto element) {
+                        using T = decltype(element);
+                        if (d.n != 1) return scatter_channels_last<T>(g, p, tile, stage, padded, d, row, end - row);
+                        with_result(q, [&](auto result) {
+                            for (int64_t r = row; r < end; ++r)
+                                scatter_batch_last<T>(g, p, tile, stage + (r - row) * tile.rows * padded, padded,
+                                                      t.lanes, d, r, result);
+                        });
+                    });
+                }
+            });
     }
 };
 
 }  // namespace
 
 const char* gather_product(const Product& product) {
-    if (is_depthwise(product)) return Depthwise(product).run();
+    if (is_depthwise(product)) return run_depthwise(product);
     return clearing_empty_planes(product, [](const Product& q) { return GatherProduct(q).run(); });
 }
 

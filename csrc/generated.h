@@ -45,11 +45,14 @@ inline void pack(const Tiling& t, const Tile& tile, const Product& q, int64_t ch
     if (t.group_stride == 0) return pack_panel(t, tile, q, channel, count, panel);
     const View& s = q.source;
     const int64_t x = t.x.source(0, 0, 0), y = t.y.source(0, 0, 0);  // a linear layer has one position
-    for (int64_t n = 0; n < tile.lanes; n += kLanes, panel += t.group_stride)
-        for (int64_t c = 0; c < count; c += 16)
-            transpose16(s.data + channel + c + y * s.y + x * s.x + (tile.n + n) * s.n, s.n,
-                        std::min<int64_t>(kLanes, tile.lanes - n), panel + c * kLanes, kLanes,
-                        std::min<int64_t>(16, count - c), true);
+    with_element(q.element, [&](auto element) {
+        const auto* from = static_cast<const decltype(element)*>(s.data) + channel + y * s.y + x * s.x + tile.n * s.n;
+        float* to = panel;
+        for (int64_t n = 0; n < tile.lanes; n += kLanes, to += t.group_stride)
+            for (int64_t c = 0; c < count; c += 16)
+                transpose16(from + c + n * s.n, s.n, std::min<int64_t>(kLanes, tile.lanes - n), to + c * kLanes,
+                            kLanes, std::min<int64_t>(16, count - c), true);
+    });
 }
 
 // The nonzeros of some rows in the order in which code reads the source.

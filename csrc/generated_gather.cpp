@@ -308,7 +308,15 @@ class GeneratedGather {
     // `follow`: whether the positions of a row lie one after another in the destination.
     void scatter_rows(const Plane& p, const Tiling& t, const Tile& tile, const Run& run, bool follow,
                       const Slice& slice, int64_t row, int64_t end, float* from, int64_t row_step) const {
+        with_element(q.element, [&](auto element) {
+            scatter_rows_as<decltype(element)>(p, t, tile, run, follow, slice, row, end, from, row_step);
+        });
+    }
+    template <class T>
+    void scatter_rows_as(const Plane& p, const Tiling& t, const Tile& tile, const Run& run, bool follow,
+                         const Slice& slice, int64_t row, int64_t end, float* from, int64_t row_step) const {
         const View& d = q.dest;
+        T* to = static_cast<T*>(d.data);
         const int64_t column = d.x * g.dest_step_x, pieces = follow ? 1 : tile.cols;
         const int64_t first = slice.vector * kLanes;
         const int64_t length = follow ? std::min(run.floats - first, slice.vectors * kLanes) : tile.lanes;
@@ -320,7 +328,7 @@ class GeneratedGather {
                                            p.dest_x * d.x + (tile.x + c) * column + tile.n + first;
                         float* run_of_results = from + r * slice.vectors * kLanes + c * t.lanes;
                         result.finish(row, run_of_results, at, length);
-                        write_run(d.data + at, run_of_results, length, bypass);
+                        write_run(to + at, run_of_results, length, bypass);
                     }
         });
     }
@@ -328,11 +336,14 @@ class GeneratedGather {
     void scatter_band(const Tile& tile, const Run& run, int64_t row, int64_t end, const float* from,
                       int64_t step) const {
         const View& d = q.dest;
-        for (int64_t v = 0; v < run.vectors; ++v, from += step)
-            for (int64_t r = row; r < end; r += 16)
-                transpose16(from + (r - row) * kLanes, kLanes, std::min<int64_t>(16, end - r),
-                            d.data + r + (tile.n + v * kLanes) * d.n, d.n,
-                            std::min<int64_t>(kLanes, tile.lanes - v * kLanes), false, bypass);
+        with_element(q.element, [&](auto element) {
+            auto* to = static_cast<decltype(element)*>(d.data) + tile.n * d.n;
+            for (int64_t v = 0; v < run.vectors; ++v)
+                for (int64_t r = row; r < end; r += 16)
+                    transpose16(from + v * step + (r - row) * kLanes, kLanes, std::min<int64_t>(16, end - r),
+                                to + r + v * kLanes * d.n, d.n, std::min<int64_t>(kLanes, tile.lanes - v * kLanes),
+                                false, bypass);
+        });
     }
 };
 

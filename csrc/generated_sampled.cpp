@@ -25,7 +25,7 @@ constexpr int64_t kGroupSlots = 32;  // floats that a group's sums take: two vec
 // next: the part of G that is staged after this one, sample by sample `next_step` bytes apart. If its layout is
 // channels-last, some of it is fetched with every group, rather than all at once, for which the core would wait.
 using SampledCode = void (*)(const float* x, const float* grad, float* sums, int64_t vectors, int64_t x_step,
-                             int64_t grad_step, int64_t mask, const float* next, int64_t next_step);
+                             int64_t grad_step, int64_t mask, const char* next, int64_t next_step);
 
 struct SampledBlock {  // some rows of one panel
     int64_t row, rows, entry, slot;
@@ -305,12 +305,13 @@ class GeneratedSampled {
     // One block of rows over one tile row, in stretches of lanes for which its part of G fits the first-level cache.
     // `next`: the part of G that is staged after this one.
     void sum_row(const SampledBlock& block, const Run& run, const float* x, const float* stage, float* to,
-                 const float* next) {
+                 const char* next) {
         const auto code = program->code->entry<SampledCode>(block.entry);
         const int64_t vector = block.rows * kLanes, whole = run.floats / kLanes, tail = run.floats % kLanes;
+        const int64_t next_step = q.grad.n * element_bytes(q.element);
         auto sum_vectors = [&](int64_t first, int64_t count, int64_t mask) {
             code(x + first * run.step, stage + first * vector, to + block.slot, count, run.step * 4, vector * 4, mask,
-                 next + first * kLanes * q.grad.n, 4 * q.grad.n);
+                 next + first * kLanes * next_step, next_step);
         };
         const int64_t stretches = (whole + kBlockVectors - 1) / kBlockVectors;
         for (int64_t i = 0; i < stretches; ++i) {
@@ -321,20 +322,28 @@ class GeneratedSampled {
         if (tail) sum_vectors(whole, 1, (1 << tail) - 1);
     }
 
-    const float* grad_of(const SampledBlock& block, const Tile& tile, int64_t r) const {
+    const char* grad_of(const SampledBlock& block, const Tile& tile, int64_t r) const {
         const View& d = q.grad;
-        return d.data + block.row * d.c + (tile.y + r) * d.y + tile.x * d.x + tile.n * d.n;
+        return static_cast<const char*>(d.data) +
+               (block.row * d.c + (tile.y + r) * d.y + tile.x * d.x + tile.n * d.n) * element_bytes(q.element);
     }
 
     // The block's rows of G over one tile row, as [vector][row][lane].
     void stage_grad(const SampledBlock& block, const Tile& tile, const Run& run, int64_t r, float* stage) const {
+        with_element(q.element, [&](auto element) {
+            stage_grad_as(block, tile, run, r, static_cast<const decltype(element)*>(q.grad.data), stage);
+        });
+    }
+    template <class T>
+    void stage_grad_as(const SampledBlock& block, const Tile& tile, const Run& run, int64_t r, const T* from,
+                       float* stage) const {
         const View& d = q.grad;
-        const float* from = grad_of(block, tile, r);
+        from += block.row * d.c + (tile.y + r) * d.y + tile.x * d.x + tile.n * d.n;
         const int64_t vector = block.rows * kLanes;
         if (d.n != 1) {
             for (int64_t v = 0; v < run.vectors; ++v)
                 for (int64_t i = 0; i < block.rows; i += 16) {
-                    const float* corner = from + i + v * kLanes * d.n;
+                    const T* corner = from + i + v * kLanes * d.n;
                     const int64_t samples = std::min<int64_t>(kLanes, tile.lanes - v * kLanes);
                     transpose16(corner, d.n, samples, stage + v * vector + i * kLanes, kLanes,
                                 std::min<int64_t>(16, block.rows - i), true);
@@ -343,16 +352,16 @@ class GeneratedSampled {
         }
         const bool follow = tile.cols == 1 || (d.x == t.lanes && tile.lanes == t.lanes);
         const int64_t whole = follow ? run.floats / kLanes : 0;
-        const int64_t ahead = rows_ahead(run.floats);
+        const int64_t ahead = rows_ahead(run.floats * int64_t(sizeof(T)));
         for (int64_t i = 0; i < block.rows; ++i, from += d.c, stage += kLanes) {
             if (follow && i + ahead < block.rows)
-                for (int64_t v = 0; v < whole; ++v) prefetch(from + ahead * d.c + v * kLanes);
+                for (int64_t v = 0; v < whole * kLanes; v += 64 / sizeof(T)) prefetch(from + ahead * d.c + v);
             for (int64_t v = 0; v < whole; ++v) store(stage + v * vector, load(from + v * kLanes));
             // Lane by lane: position and sample, missing samples as zeros.
             for (int64_t lane = whole * kLanes; lane < run.vectors * kLanes; ++lane) {
                 const int64_t column = lane / t.lanes, sample = lane % t.lanes;
                 const bool there = lane < run.floats && sample < tile.lanes;
-                stage[lane / kLanes * vector + lane % kLanes] = there ? from[column * d.x + sample] : 0.0f;
+                stage[lane / kLanes * vector + lane % kLanes] = there ? widen(from[column * d.x + sample]) : 0.0f;
             }
         }
     }

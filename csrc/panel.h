@@ -7,7 +7,7 @@
 #include "activation.h"
 #include "api.h"
 #include "each_vector.h"
-#include "simd.h"
+#include "element.h"
 #include "tiling.h"
 #include "transpose.h"
 
@@ -17,8 +17,12 @@ namespace SPARSE_FT_ISA {
 // Scratch memory that a thread keeps between calls, so that a product allocates (and page-faults) nothing.
 class Scratch {
   public:
-    float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
-    int32_t* ints(size_t count) { return static_cast<int32_t*>(bytes(count * sizeof(int32_t))); }
+    float* floats(size_t count) { return of<float>(count); }
+    int32_t* ints(size_t count) { return of<int32_t>(count); }
+    template <class T>
+    T* of(size_t count) {
+        return static_cast<T*>(bytes(count * sizeof(T)));
+    }
 
   private:
     void* bytes(size_t size) {
@@ -57,45 +61,48 @@ struct Tile {  // one tile's place: first sample, position row and column, and i
 };
 
 // Channels lie pages apart, where the processor's own prefetching begins anew at each: so many of them ahead, rows of
-// `floats` are fetched by hand.
-inline int64_t rows_ahead(int64_t floats) { return std::clamp<int64_t>(2048 / std::max<int64_t>(floats, 1), 1, 8); }
+// `bytes` are fetched by hand.
+inline int64_t rows_ahead(int64_t bytes) { return std::clamp<int64_t>(8192 / std::max<int64_t>(bytes, 1), 1, 8); }
 
-// Floats `step` apart, one after another.
-inline void gather(const float* from, int64_t step, float* to, int64_t count) {
+// Elements `step` apart, one after another.
+template <class T>
+inline void gather(const T* from, int64_t step, float* to, int64_t count) {
     if (step == 2)
-        for (int64_t i = 0; i < count; ++i) to[i] = from[2 * i];
+        for (int64_t i = 0; i < count; ++i) to[i] = widen(from[2 * i]);
     else
-        for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+        for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i * step]);
 }
 
 // What becomes of a channel's values as they are packed: nothing, or a norm and an activation.
 struct AsTheyAre {
     vec one(vec v) const { return v; }
-    void spread(const float* from, int64_t step, float* to, int64_t count) const { gather(from, step, to, count); }
-    void run(const float* from, float* to, int64_t count) const {
-        if (count > 4 * kLanes) {
-            std::memcpy(to, from, size_t(count) * sizeof(float));
-            return;
-        }
+    template <class T>
+    void spread(const T* from, int64_t step, float* to, int64_t count) const {
+        gather(from, step, to, count);
+    }
+    template <class T>
+    void run(const T* from, float* to, int64_t count) const {
+        if (count > 4 * kLanes) return read_run(from, to, count);
         each_vector(count, [&](int64_t i, int n) { store(to + i, load(from + i, n), n); });  // too short for a call
     }
 };
-template <class Act>
-struct Normalised {
+template <class T, class Act>
+struct Normalised {  // to the last bit what the norm itself would have stored
     vec mean, scale, offset;
     Normalised(const SourceNorm& norm, int64_t channel)
         : mean(splat(norm.mean[channel])), scale(splat(norm.scale[channel])), offset(splat(norm.offset[channel])) {}
-    vec one(vec v) const { return Act::value((v - mean) * scale + offset); }
-    void spread(const float* from, int64_t step, float* to, int64_t count) const {
+    vec one(vec v) const { return rounded<T>(Act::value((v - mean) * scale + offset)); }
+    void spread(const T* from, int64_t step, float* to, int64_t count) const {
         gather(from, step, to, count);
-        run(to, to, count);
+        each_vector(count, [&](int64_t i, int n) { store(to + i, one(load(to + i, n)), n); });
     }
-    void run(const float* from, float* to, int64_t count) const {
+    void run(const T* from, float* to, int64_t count) const {
         each_vector(count, [&](int64_t i, int n) { store(to + i, one(load(from + i, n)), n); });
     }
 };
 
 // One row of positions of one column phase, packed from every channel alike.
+template <class T>
 class RowCopy {
   public:
     RowCopy(const Tiling& t, const Tile& tile, const View& s, int64_t source_w, int64_t phase)
@@ -113,9 +120,9 @@ class RowCopy {
 
     // `row`: of a channel, at the tile's first sample.
     template <class Change>
-    void copy(const float* row, float* to, const Change& change) const {
+    void copy(const T* row, float* to, const Change& change) const {
         clear(to, low * padded);
-        const float* from = row + first;
+        const T* from = row + first;
         float* at = to + low * padded;
         if (joined) {
             change.run(from, at, run);
@@ -139,9 +146,9 @@ class RowCopy {
     }
 
     void clear_all(float* to) const { clear(to, count * padded); }
-    int64_t ahead() const { return rows_ahead((high - low) * lanes); }
-    void fetch(const float* row) const {  // the lines that copy() will read
-        constexpr int64_t kLine = 16;
+    int64_t ahead() const { return rows_ahead((high - low) * lanes * int64_t(sizeof(T))); }
+    void fetch(const T* row) const {  // the lines that copy() will read
+        constexpr int64_t kLine = 64 / sizeof(T);
         const bool one = joined || step < kLine;  // several pieces to a line
         const int64_t pieces = one ? 1 : high - low, length = joined ? run : one ? (high - low) * step : lanes;
         for (int64_t i = 0; i < pieces; ++i)
@@ -149,9 +156,9 @@ class RowCopy {
     }
 
   private:
-    int64_t lanes, padded, step;  // samples there, samples packed; floats from one entry to the next
+    int64_t lanes, padded, step;  // samples there, samples packed; from one entry to the next
     int64_t count, low, high;     // entries, of which [low, high) are inside the source
-    int64_t first, run = 0;       // floats: where entry `low` is; all entries, if they are joined
+    int64_t first, run = 0;       // where entry `low` is; all entries, if they are joined
     bool joined;                  // whether the entries follow one another as they are packed
     static void clear(float* to, int64_t floats) {
         if (floats > kLanes)
@@ -162,16 +169,16 @@ class RowCopy {
 };
 
 // The same as below for few samples: a channel's rows are short and share lines, so that channels come one by one.
-template <class ChangeOf>
+template <class T, class ChangeOf>
 void pack_small(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel,
                 ChangeOf change_of) {
     const Geometry& g = q.geometry;
     const View& s = q.source;
-    std::vector<RowCopy> phases;
+    std::vector<RowCopy<T>> phases;
     for (int64_t px = 0; px < t.x.phase_count(); ++px) phases.emplace_back(t, tile, s, g.source_w, px);
     for (int64_t c = 0; c < count; ++c, panel += t.channel_stride) {
         const auto change = change_of(channel + c);
-        const float* from = s.data + (channel + c) * s.c + tile.n;
+        const T* from = static_cast<const T*>(s.data) + (channel + c) * s.c + tile.n;
         for (int64_t py = 0; py < t.y.phase_count(); ++py)
             for (int64_t r = 0; r < tile.rows + t.y.reach; ++r) {
                 const int64_t y = t.y.source(tile.y, py, r);
@@ -186,12 +193,13 @@ void pack_small(const Tiling& t, const Tile& tile, const Product& q, int64_t cha
 }
 
 // Packs channels [channel, channel + count) of the source into the panel; change_of(channel) says what they become.
-template <class ChangeOf>
+template <class T, class ChangeOf>
 void pack_changed(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel,
                   ChangeOf change_of) {
     const Geometry& g = q.geometry;
     const View& s = q.source;
-    if (s.n == 1 && tile.lanes < kLanes) return pack_small(t, tile, q, channel, count, panel, change_of);
+    if (s.n == 1 && tile.lanes < kLanes) return pack_small<T>(t, tile, q, channel, count, panel, change_of);
+    const T* data = static_cast<const T*>(s.data);
     for (int64_t py = 0; py < t.y.phase_count(); ++py) {
         for (int64_t r = 0; r < tile.rows + t.y.reach; ++r) {
             const int64_t y = t.y.source(tile.y, py, r);
@@ -203,8 +211,8 @@ void pack_changed(const Tiling& t, const Tile& tile, const Product& q, int64_t c
                     for (int64_t c = 0; c < count; ++c)
                         std::memset(to + c * t.channel_stride, 0, size_t(entries * t.lanes) * sizeof(float));
                 } else if (s.n == 1) {
-                    const RowCopy row(t, tile, s, g.source_w, px);
-                    const float* from = s.data + channel * s.c + y * s.y + tile.n;
+                    const RowCopy<T> row(t, tile, s, g.source_w, px);
+                    const T* from = data + channel * s.c + y * s.y + tile.n;
                     const int64_t ahead = row.ahead();
                     for (int64_t c = 0; c < count; ++c) {
                         if (c + ahead < count) row.fetch(from + (c + ahead) * s.c);
@@ -215,7 +223,7 @@ void pack_changed(const Tiling& t, const Tile& tile, const Product& q, int64_t c
                         const int64_t x = t.x.source(tile.x, px, i);
                         float* cell = to + i * t.lanes;
                         if (x >= 0 && x < g.source_w) {
-                            transpose(s.data + channel + y * s.y + x * s.x + tile.n * s.n, s.n, cell, t.channel_stride,
+                            transpose(data + channel + y * s.y + x * s.x + tile.n * s.n, s.n, cell, t.channel_stride,
                                       tile.lanes, count);
                             if (tile.lanes < t.lanes)
                                 for (int64_t c = 0; c < count; ++c)
@@ -234,10 +242,14 @@ void pack_changed(const Tiling& t, const Tile& tile, const Product& q, int64_t c
 
 inline void pack_panel(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count,
                        float* panel) {
-    if (q.norm == nullptr) return pack_changed(t, tile, q, channel, count, panel, [](int64_t) { return AsTheyAre(); });
-    with_activation(q.norm->activation, [&](auto act) {
-        pack_changed(t, tile, q, channel, count, panel,
-                     [&](int64_t c) { return Normalised<decltype(act)>(*q.norm, c); });
+    with_element(q.element, [&](auto element) {
+        using T = decltype(element);
+        if (q.norm == nullptr)
+            return pack_changed<T>(t, tile, q, channel, count, panel, [](int64_t) { return AsTheyAre(); });
+        with_activation(q.norm->activation, [&](auto act) {
+            pack_changed<T>(t, tile, q, channel, count, panel,
+                            [&](int64_t c) { return Normalised<T, decltype(act)>(*q.norm, c); });
+        });
     });
 }
 

@@ -5,8 +5,10 @@
 #include <vector>
 
 #include "api.h"
+#include "bypass.h"
 #include "each_vector.h"
-#include "simd.h"
+#include "element.h"
+#include "panel.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -44,19 +46,19 @@ struct Reach {
     }
 };
 
-template <bool kMax>
+template <class T, bool kMax>
 void forward(const Pool& q) {
     const int64_t n = q.batch, row = q.x.size * n;
 #pragma omp parallel for schedule(static) num_threads(q.threads)
     for (int64_t line = 0; line < q.channels * q.y.count; ++line) {
         const Windows y = q.y, x = q.x;
         const int64_t oy = line % y.count;
-        const float* from = q.input + line / y.count * y.size * row + y.first[oy] * row;
+        const T* from = static_cast<const T*>(q.input) + line / y.count * y.size * row + y.first[oy] * row;
         const int32_t low_y = y.low[oy], high_y = y.high[oy];
         for (int64_t ox = 0; ox < x.count; ++ox) {
             const int32_t low_x = x.low[ox], high_x = x.high[ox];
-            const float* corner = from + x.first[ox] * n;
-            float* output = q.output + (line * x.count + ox) * n;
+            const T* corner = from + x.first[ox] * n;
+            T* output = static_cast<T*>(q.output) + (line * x.count + ox) * n;
             uint8_t* chosen = q.chosen + (line * x.count + ox) * n;
             const float weight = kMax ? 1.0f : y.scale[oy] * x.scale[ox];
             each_vector(n, [&](int64_t i, int count) {
@@ -80,7 +82,7 @@ void forward(const Pool& q) {
     }
 }
 
-template <bool kMax>
+template <class T, bool kMax>
 void backward(const Pool& q) {
     const int64_t n = q.batch;
     const Reach rows(q.y);
@@ -89,13 +91,19 @@ void backward(const Pool& q) {
         const Windows x = q.x;
         const size_t y = size_t(line % q.y.size);
         const int64_t channel = line / q.y.size * q.y.count;
-        float* row = q.grad_input + line * x.size * n;
+        thread_local Scratch scratch;  // windows that overlap are added up in float
+        T* place = static_cast<T*>(q.grad_input) + line * x.size * n;
+        float* row;
+        if constexpr (std::is_same_v<T, float>)
+            row = place;
+        else
+            row = scratch.floats(size_t(x.size * n));
         std::memset(row, 0, size_t(x.size * n) * sizeof(float));
         for (size_t a = size_t(rows.start[y]); a < size_t(rows.start[y + 1]); ++a) {
             const int64_t oy = rows.window[a], from = (channel + oy) * x.count * n;
             const int32_t taps = rows.tap[a] * x.taps;
             for (int64_t ox = 0; ox < x.count; ++ox) {
-                const float* grad = q.grad + from + ox * n;
+                const T* grad = static_cast<const T*>(q.grad) + from + ox * n;
                 const uint8_t* chosen = q.chosen + from + ox * n;
                 float* corner = row + x.first[ox] * n;
                 const int32_t low = x.low[ox], high = x.high[ox];
@@ -111,14 +119,23 @@ void backward(const Pool& q) {
                 });
             }
         }
+        if constexpr (!std::is_same_v<T, float>) write_run(place, row, x.size * n, false);
     }
 }
 
 }  // namespace
 
-void pool_forward(const Pool& q) { q.chosen ? forward<true>(q) : forward<false>(q); }
+void pool_forward(const Pool& q) {
+    with_element(q.element, [&](auto element) {
+        q.chosen ? forward<decltype(element), true>(q) : forward<decltype(element), false>(q);
+    });
+}
 
-void pool_backward(const Pool& q) { q.chosen ? backward<true>(q) : backward<false>(q); }
+void pool_backward(const Pool& q) {
+    with_element(q.element, [&](auto element) {
+        q.chosen ? backward<decltype(element), true>(q) : backward<decltype(element), false>(q);
+    });
+}
 
 }  // namespace SPARSE_FT_ISA
 }  // namespace sparse_ft

@@ -132,42 +132,49 @@ class SampledProduct {
         float* panel = panel_scratch.floats(size_t(t.panel_floats() + kDotVectors * kLanes));
         const View& d = q.grad;
         const int64_t run = tile.run(), padded = (run + kLanes - 1) / kLanes * kLanes;
-        const bool direct = d.n == 1 && run == padded && (tile.cols == 1 || d.x == tile.lanes);
+        const bool direct =
+            q.element == Element::kFloat && d.n == 1 && run == padded && (tile.cols == 1 || d.x == tile.lanes);
         const int64_t stage_rows = direct ? 1 : 16;
         float* stage = direct ? nullptr : stage_scratch.floats(size_t(stage_rows * tile.rows * padded));
-        for_each_panel(t, g, first, last,
-                       [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
-                           pack_panel(t, tile, q, channel, count, panel);
-                           for (int64_t row = row0; row < row1; row += stage_rows) {
-                               const int64_t end = std::min(row + stage_rows, row1);
-                               if (!direct) stage_grad(tile, row, end, padded, stage);
-                               for (int64_t r = row; r < end; ++r) {
-                                   const RowLanes lanes =
-                                       direct ? RowLanes{d.data + r * d.c + tile.y * d.y + tile.x * d.x + tile.n, d.y}
-                                              : RowLanes{stage + (r - row) * tile.rows * padded, padded};
-                                   const int32_t* bounds = segment + r * (t.blocks + 1) + block;
-                                   int32_t j = bounds[0];
-                                   for (; j + 8 <= bounds[1]; j += 8)
-                                       dot_group<8>(lanes, panel, t.row_stride, tile.rows, run, offsets + j, sums + j);
-                                   if (j < bounds[1])
-                                       kDotKernels[bounds[1] - j](lanes, panel, t.row_stride, tile.rows, run,
-                                                                  offsets + j, sums + j);
-                               }
-                           }
-                       });
+        for_each_panel(
+            t, g, first, last, [&](int64_t row0, int64_t row1, int64_t block, int64_t channel, int64_t count) {
+                pack_panel(t, tile, q, channel, count, panel);
+                for (int64_t row = row0; row < row1; row += stage_rows) {
+                    const int64_t end = std::min(row + stage_rows, row1);
+                    if (!direct) stage_grad(tile, row, end, padded, stage);
+                    for (int64_t r = row; r < end; ++r) {
+                        const RowLanes lanes = direct ? RowLanes{static_cast<float*>(d.data) + r * d.c + tile.y * d.y +
+                                                                     tile.x * d.x + tile.n,
+                                                                 d.y}
+                                                      : RowLanes{stage + (r - row) * tile.rows * padded, padded};
+                        const int32_t* bounds = segment + r * (t.blocks + 1) + block;
+                        int32_t j = bounds[0];
+                        for (; j + 8 <= bounds[1]; j += 8)
+                            dot_group<8>(lanes, panel, t.row_stride, tile.rows, run, offsets + j, sums + j);
+                        if (j < bounds[1])
+                            kDotKernels[bounds[1] - j](lanes, panel, t.row_stride, tile.rows, run, offsets + j,
+                                                       sums + j);
+                    }
+                }
+            });
     }
 
     // Rows [row, end) of G for this tile, as [row][tile row][padded run].
     void stage_grad(const Tile& tile, int64_t row, int64_t end, int64_t padded, float* stage) {
+        with_element(q.element, [&](auto element) {
+            stage_grad_as(tile, row, end, padded, static_cast<const decltype(element)*>(q.grad.data), stage);
+        });
+    }
+    template <class T>
+    void stage_grad_as(const Tile& tile, int64_t row, int64_t end, int64_t padded, const T* data, float* stage) {
         const View& d = q.grad;
         for (int64_t r = 0; r < tile.rows; ++r)
             for (int64_t c = 0; c < tile.cols; ++c) {
                 float* to = stage + r * padded + c * tile.lanes;
-                const float* from = d.data + (tile.y + r) * d.y + (tile.x + c) * d.x;
+                const T* from = data + (tile.y + r) * d.y + (tile.x + c) * d.x;
                 if (d.n == 1) {
                     for (int64_t i = row; i < end; ++i)
-                        std::memcpy(to + (i - row) * tile.rows * padded, from + i * d.c + tile.n,
-                                    size_t(tile.lanes) * sizeof(float));
+                        read_run(from + i * d.c + tile.n, to + (i - row) * tile.rows * padded, tile.lanes);
                 } else {
                     transpose(from + row + tile.n * d.n, d.n, to, tile.rows * padded, tile.lanes, end - row);
                 }
@@ -178,7 +185,7 @@ class SampledProduct {
 }  // namespace
 
 const char* sampled_product(const Product& product) {
-    const char* problem = is_depthwise(product) ? Depthwise(product).run() : SampledProduct(product).run();
+    const char* problem = is_depthwise(product) ? run_depthwise(product) : SampledProduct(product).run();
     if (problem == nullptr && product.row_sums != nullptr) sum_rows(product);
     return problem;
 }

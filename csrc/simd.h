@@ -34,7 +34,7 @@ inline vec load_some(const float* p, int count) {
 }
 
 // Into the second-level cache. GCC drops calls of a function that does nothing but this, unless it holds an `asm`.
-inline void prefetch(const float* p) {
+inline void prefetch(const void* p) {
     __builtin_prefetch(p, 0, 2);
     asm volatile("");
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "simd.h"
+#include "element.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
@@ -29,13 +29,19 @@ inline void transpose8(vec8* r) {
 
 #if defined(__AVX512F__)
 
+inline vec load_masked(const float* p, __mmask16 mask) { return vec(_mm512_maskz_loadu_ps(mask, p)); }
+inline vec load_masked(const Bf16* p, __mmask16 mask) { return widen(halves(_mm256_maskz_loadu_epi16(mask, p))); }
+inline void store_masked(float* p, vec v, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, __m512(v)); }
+inline void store_masked(Bf16* p, vec v, __mmask16 mask) { _mm256_mask_storeu_epi16(p, mask, __m256i(narrow(v))); }
+
 // Of i < rows and j < cols, both at most 16, in registers. With `fill`, rows up to 16 are written as zeros. With
-// `around`, whole, aligned vectors are written around the caches.
-inline void transpose16(const float* from, int64_t from_stride, int64_t rows, float* to, int64_t to_stride,
-                        int64_t cols, bool fill, bool around = false) {
+// `around`, whole, aligned vectors are written around the caches, if they are whole lines.
+template <class From, class To>
+inline void transpose16(const From* from, int64_t from_stride, int64_t rows, To* to, int64_t to_stride, int64_t cols,
+                        bool fill, bool around = false) {
     const __mmask16 read = __mmask16((1u << cols) - 1), write = fill ? __mmask16(~0u) : __mmask16((1u << rows) - 1);
     vec a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = i < rows ? vec(_mm512_maskz_loadu_ps(read, from + i * from_stride)) : vec{};
+    for (int i = 0; i < 16; ++i) a[i] = i < rows ? load_masked(from + i * from_stride, read) : vec{};
     for (int i = 0; i < 16; i += 2) {  // pairs of rows: floats interleaved within quarters
         b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
         b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
@@ -61,14 +67,15 @@ inline void transpose16(const float* from, int64_t from_stride, int64_t rows, fl
         b[8 + k] = odd(even0, even1);
         b[12 + k] = odd(odd0, odd1);
     }
-    if (around && rows == 16 && (reinterpret_cast<uintptr_t>(to) | uintptr_t(to_stride) * 4) % sizeof(vec) == 0)
+    if (sizeof(To) == sizeof(float) && around && rows == 16 &&
+        (reinterpret_cast<uintptr_t>(to) | uintptr_t(to_stride) * 4) % sizeof(vec) == 0)
         for (int j = 0; j < cols; ++j) store_around(to + j * to_stride, b[j]);
     else
-        for (int j = 0; j < cols; ++j) _mm512_mask_storeu_ps(to + j * to_stride, write, __m512(b[j]));
+        for (int j = 0; j < cols; ++j) store_masked(to + j * to_stride, b[j], write);
 }
 
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
-                      int64_t cols) {
+template <class From, class To>
+inline void transpose(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t cols) {
     for (int64_t j = 0; j < cols; j += 16)
         for (int64_t i = 0; i < rows; i += 16)
             transpose16(from + i * from_stride + j, from_stride, std::min<int64_t>(16, rows - i),
@@ -79,8 +86,8 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 
 // Sixteen columns at a time over all
 // rows: a read line is used whole at once, which matters where the row stride puts all rows into one cache set.
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
-                      int64_t cols) {
+template <class From, class To>
+inline void transpose(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t cols) {
     constexpr int64_t kStrip = 16;
     for (int64_t strip = 0; strip < cols; strip += kStrip) {
         const int64_t end = strip + kStrip < cols ? strip + kStrip : cols;
@@ -89,16 +96,16 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
             int64_t j = strip;
             for (; j + 8 <= end; j += 8) {
                 vec8 block[8];
-                for (int k = 0; k < 8; ++k)
-                    block[k] = *reinterpret_cast<const vec8_u*>(from + (i + k) * from_stride + j);
+                for (int k = 0; k < 8; ++k) block[k] = load8(from + (i + k) * from_stride + j);
                 transpose8(block);
-                for (int k = 0; k < 8; ++k) *reinterpret_cast<vec8_u*>(to + (j + k) * to_stride + i) = block[k];
+                for (int k = 0; k < 8; ++k) store8(to + (j + k) * to_stride + i, block[k]);
             }
             for (; j < end; ++j)
-                for (int k = 0; k < 8; ++k) to[j * to_stride + i + k] = from[(i + k) * from_stride + j];
+                for (int k = 0; k < 8; ++k)
+                    store_one(to + j * to_stride + i + k, widen(from[(i + k) * from_stride + j]));
         }
         for (; i < rows; ++i)
-            for (int64_t j = strip; j < end; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+            for (int64_t j = strip; j < end; ++j) store_one(to + j * to_stride + i, widen(from[i * from_stride + j]));
     }
 }
 

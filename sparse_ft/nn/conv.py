@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.nn.deferred import Patience, take_unfinished
-from sparse_ft.nn.module import SparseModule
+from sparse_ft.nn.module import SparseModule, in_autocast_dtype
 from sparse_ft.nn.pending_conv import defer_conv
 from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
 from sparse_ft.ops.gradients import conv2d, conv2d_of_unfinished, to_layout
@@ -79,6 +79,7 @@ class SparseConv2d(SparseModule):
         return self.pattern.weight_shape, self.stride, self._padding, self.dilation, self.groups
 
     def forward(self, x: Tensor) -> Tensor:
+        x = in_autocast_dtype(x)
         if not (self.training or torch.is_grad_enabled()):
             deferred = defer_conv(self, x)
             if deferred is not None:

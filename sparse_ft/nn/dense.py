@@ -9,6 +9,7 @@ no sum of gradients is one of two layouts, which is slow and gives a result that
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.nn.module import in_autocast_dtype
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, is_batch_last, native_reason
 from sparse_ft.ops.gradients import to_layout
@@ -32,8 +33,9 @@ class LayoutConv(nn.Module):
     weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or native_reason(x, self.weight) is not None:
+        if x.dim() != 4 or native_reason(x, weights=(self.weight,)) is not None:
             return super().forward(x)
+        x = in_autocast_dtype(x)
         if is_batch_last(x) and not x.is_contiguous():
             x = to_layout(x, CHANNELS_LAST)
         inside = torch.channels_last if survives_channels_last(self) else torch.contiguous_format  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn.module import SparseModule
+from sparse_ft.nn.module import SparseModule, in_autocast_dtype
 from sparse_ft.ops import SparsePattern
 from sparse_ft.ops.gradients import linear
 
@@ -64,6 +64,7 @@ class SparseLinear(SparseModule):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = in_autocast_dtype(x)
         self._before_forward(x)
         return linear(x, self.weight, self.bias, self.pattern.tensors, self.in_features, self.out_features)
 

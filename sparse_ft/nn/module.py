@@ -16,8 +16,19 @@ logger = logging.getLogger(__name__)
 _values_alone: ContextVar[bool] = ContextVar("values_alone", default=False)
 
 
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """An input as torch's own layers take it: under autocast in the type of that, otherwise as it is."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype) if x.is_floating_point() and x.dtype not in (dtype, torch.float64) else x
+
+
 class SparseModule(nn.Module):
     """A layer whose trainable weight is the vector of its nonzeros.
+
+    Under autocast the input is taken in its lower type, as torch's layers do; weight and bias stay as they are.
 
     `weight` has shape (nnz, 1): gradients, optimizer state and all-reduce traffic shrink with the density,
     and a frozen mask cannot regrow. It has two dimensions so that rules which spare one-dimensional
@@ -71,7 +82,7 @@ class SparseModule(nn.Module):
 
     def native_reason(self, x: Tensor | None = None) -> str | None:
         """None if the layer (given input `x`) runs on the native kernels, otherwise why not."""
-        return native_reason(x, self.weight, self.bias)
+        return native_reason(x, weights=(self.weight, self.bias))
 
     def _give(self) -> Tensor:
         """The dense weight for a state dict.

@@ -25,7 +25,7 @@ def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
         and x.shape[1] == norm.num_features
         and x.shape[0] * x.shape[2] * x.shape[3] > 1  # torch's own error for a single value a channel
         and is_batch_last(x)
-        and native_reason(x, norm.weight, norm.bias, norm.running_mean) is None
+        and native_reason(x, weights=(norm.weight, norm.bias, norm.running_mean)) is None
     )
 
 

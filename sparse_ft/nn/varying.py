@@ -34,7 +34,7 @@ class VaryingConv(LayoutConv, nn.Conv2d):  # type: ignore[misc]  # what `weight`
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if x.dim() != 4 or self.padding_mode != "zeros" or native_reason(x, weight, self.bias) is not None:
+        if x.dim() != 4 or self.padding_mode != "zeros" or native_reason(weights=(x, weight, self.bias)) is not None:
             return super().forward(x)
         if not is_batch_last(x):
             x = to_layout(x, BATCH_LAST)
@@ -110,7 +110,7 @@ def suits_varying(images: Tensor) -> bool:
     return (
         images.dim() == 4
         and len(images) >= LANES
-        and native_reason(images) is None
+        and native_reason(weights=(images,)) is None
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -1,4 +1,7 @@
-"""The native core (csrc/bindings.cpp): addresses and sizes in, ValueError out."""
+"""The native core (csrc/bindings.cpp): addresses and sizes in, ValueError out.
+
+`element` says what activations are stored as: 0 for float32, 1 for bfloat16.
+"""
 
 from collections.abc import Sequence
 from typing import overload
@@ -15,20 +18,20 @@ class Convolution:
 class Programs:
     def __init__(self) -> None: ...
 
-def block(shape: _Sizes, strides: _Sizes) -> CapsuleType: ...
+def block(element: int, shape: _Sizes, strides: _Sizes) -> CapsuleType: ...
 def forward(
-    conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int, y_stride: _Sizes,
-    row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs | None, threads: int,
-    norm: _Norm | None, result: _ResultNorm | None,
+    conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int,
+    y_stride: _Sizes, row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs | None,
+    threads: int, norm: _Norm | None, result: _ResultNorm | None,
 ) -> None: ...  # fmt: skip
 def input_grad(
-    conv: Convolution, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,
+    conv: Convolution, element: int, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,
     grad_x_stride: _Sizes, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int, programs: Programs | None,
     threads: int,
 ) -> None: ...  # fmt: skip
 def weight_grad(
-    conv: Convolution, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int, grad_stride: _Sizes,
-    row_ptr: int, col: int, value_grad: int, row_sums: int, nnz: int, programs: Programs | None,
+    conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int,
+    grad_stride: _Sizes, row_ptr: int, col: int, value_grad: int, row_sums: int, nnz: int, programs: Programs | None,
     threads: int, norm: _Norm | None,
 ) -> None: ...  # fmt: skip
 def count_nonzero(weight: int, numel: int, threads: int) -> int: ...
@@ -46,13 +49,13 @@ def unpack(
     weights: list[tuple[int, int, bool, int, int, int, int, int]], threads: int
 ) -> list[tuple[int, str | None]]: ...
 def norm_forward(
-    x: int, residual: int, channels: int, size: int, activation: int, weight: int, bias: int, eps: float,
-    measure: bool, mean: int, variance: int, rstd: int, y: int, threads: int,
+    element: int, x: int, residual: int, channels: int, size: int, activation: int, weight: int, bias: int,
+    eps: float, measure: bool, mean: int, variance: int, rstd: int, y: int, threads: int,
 ) -> None: ...  # fmt: skip
 def norm_backward(
-    grad: int, x: int, residual: int, output: int, channels: int, size: int, activation: int, weight: int, bias: int,
-    mean: int, rstd: int, training: bool, grad_x: int, grad_residual: int, grad_weight: int, grad_bias: int,
-    threads: int,
+    element: int, grad: int, x: int, residual: int, output: int, channels: int, size: int, activation: int,
+    weight: int, bias: int, mean: int, rstd: int, training: bool, grad_x: int, grad_residual: int, grad_weight: int,
+    grad_bias: int, threads: int,
 ) -> None: ...  # fmt: skip
 
 class PoolAxis:
@@ -62,14 +65,17 @@ class PoolAxis:
     def __init__(self, size: int, first: _Sizes, end: _Sizes, scale: Sequence[float]) -> None: ...
 
 def pool_forward(
-    y: PoolAxis, x: PoolAxis, batch: int, channels: int, input: int, output: int, chosen: int, threads: int
-) -> None: ...
+    element: int, y: PoolAxis, x: PoolAxis, batch: int, channels: int, input: int, output: int, chosen: int,
+    threads: int,
+) -> None: ...  # fmt: skip
 def pool_backward(
-    y: PoolAxis, x: PoolAxis, batch: int, channels: int, grad: int, chosen: int, grad_input: int, threads: int
-) -> None: ...
+    element: int, y: PoolAxis, x: PoolAxis, batch: int, channels: int, grad: int, chosen: int, grad_input: int,
+    threads: int,
+) -> None: ...  # fmt: skip
 def transpose(
-    source: int, dest: int, batch: _Sizes, size: _Sizes, from_stride: _Sizes, to_stride: _Sizes, threads: int
-) -> None: ...
+    element: int, source: int, dest: int, batch: _Sizes, size: _Sizes, from_stride: _Sizes, to_stride: _Sizes,
+    threads: int,
+) -> None: ...  # fmt: skip
 def nth_magnitude(x: int, count: int, n: int, threads: int) -> float: ...
 def mask_largest(x: int, count: int, keep: int, mask: int, threads: int) -> None: ...
 def compact_bits(

@@ -13,7 +13,9 @@ from torch.utils.dlpack import from_dlpack
 
 from sparse_ft.ops import _native
 
-_LARGE = 2**18  # elements: a megabyte
+_LARGE = 2**20  # bytes
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/api.h numbers what activations are stored as
 
 
 def empty_strided(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
@@ -26,12 +28,12 @@ def empty_strided(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]
             return empty_strided(like, shape, strides)
     if (
         type(like) in (Tensor, nn.Parameter)
-        and like.dtype == torch.float32
+        and like.dtype in ELEMENTS
         and like.device.type == "cpu"
-        and math.prod(shape) >= _LARGE
+        and math.prod(shape) * like.element_size() >= _LARGE
         and not torch._C._len_torch_dispatch_stack()
     ):
-        return from_dlpack(_native.block(shape, strides))
+        return from_dlpack(_native.block(ELEMENTS[like.dtype], shape, strides))
     return like.new_empty_strided(shape, strides)
 
 

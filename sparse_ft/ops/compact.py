@@ -72,7 +72,7 @@ def _strides(shape, flat: bool) -> tuple[int, int, int, int]:
 
 def nth_magnitude(x: Tensor, n: int) -> float:
     """The n-th largest absolute value, from 0."""
-    if native.native_reason(x):
+    if native.native_reason(weights=(x,)):
         return float(x.detach().abs().flatten().kthvalue(x.numel() - n).values)
     x = x if is_batch_last(x) else x.contiguous()  # the order does not matter
     return _native.nth_magnitude(x.data_ptr(), x.numel(), n, native._threads(4 * x.numel()))
@@ -80,7 +80,7 @@ def nth_magnitude(x: Tensor, n: int) -> float:
 
 def largest_mask(x: Tensor, keep: int) -> Tensor:
     """bool, True for the `keep` largest absolute values; of equal ones the first in row-major order."""
-    if native.native_reason(x):
+    if native.native_reason(weights=(x,)):
         order = x.detach().abs().flatten().sort(descending=True, stable=True).indices
         return (
             torch.zeros(x.numel(), dtype=torch.bool, device=x.device).index_fill_(0, order[:keep], True).view(x.shape)
@@ -93,7 +93,7 @@ def largest_mask(x: Tensor, keep: int) -> Tensor:
 
 def compact(x: Tensor, threshold: float, *, flat: bool, column_step: int = 1) -> Compact:
     """Keeps the values of a batch-last float32 activation on CPU whose magnitude is above a threshold, and NaN."""
-    if not is_batch_last(x) or native.native_reason(x):
+    if not is_batch_last(x) or native.native_reason(weights=(x,)):
         raise ValueError(f"compact takes a batch-last float32 tensor on CPU, not {x.dtype} with strides {x.stride()}")
     shape = tuple(x.shape)
     size, lanes = _sizes(shape, flat, column_step)
@@ -122,7 +122,7 @@ def weight_grad(kept: Compact, grad: Tensor, weight_shape, stride, padding, dila
     """
     conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
     shape = conv2d_output_shape(kept.shape, *conv)
-    if tuple(grad.shape) != shape or not is_batch_last(grad) or native.native_reason(grad):
+    if tuple(grad.shape) != shape or not is_batch_last(grad) or native.native_reason(weights=(grad,)):
         raise ValueError(f"the gradient must be batch-last float32 of shape {shape}, got {tuple(grad.shape)}")
     if not kept.flat and kept.column_step != conv[1][1]:
         raise ValueError(f"the activation is kept for a stride of {kept.column_step}, not {conv[1][1]}")

@@ -1,8 +1,9 @@
-"""The native backend: float32 on CPU. Turns tensors into addresses; allocates what the kernels fill."""
+"""The native backend: float32 on CPU, its activations also bfloat16. Turns tensors into addresses."""
 
 import functools
 import math
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch  # before the native core, which then shares torch's OpenMP runtime
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_ft.ops import _native
+from sparse_ft.ops.allocation import ELEMENTS
 from sparse_ft.ops.layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, empty, is_batch_last, layout_of
 
 
@@ -33,16 +35,34 @@ if os.environ.get("SPARSE_FT_ISA"):
     activate_isa(os.environ["SPARSE_FT_ISA"])
 
 
-def native_reason(*tensors: Tensor | None) -> str | None:
-    """None if the native kernels take these tensors, otherwise why not."""
-    for tensor in tensors:
+def native_reason(*activations: Tensor | None, weights: Iterable[Tensor | None] = ()) -> str | None:
+    """None if the native kernels take these tensors, otherwise why not.
+
+    Activations are float32 or bfloat16, all of one kind; weights (of norms, too, and statistics) are float32.
+    """
+    first = None
+    for tensor in activations:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"device {tensor.device.type} (native kernels run on CPU)"
+        if tensor.dtype not in ELEMENTS:
+            return f"dtype {_name(tensor.dtype)} (native kernels take float32, and bfloat16 activations)"
+        first = first or tensor.dtype
+        if tensor.dtype != first:
+            return f"dtypes {_name(first)} and {_name(tensor.dtype)} (native kernels take activations of one)"
+    for tensor in weights:
         if tensor is None:
             continue
         if tensor.device.type != "cpu":
             return f"device {tensor.device.type} (native kernels run on CPU)"
         if tensor.dtype != torch.float32:
-            return f"dtype {str(tensor.dtype).removeprefix('torch.')} (native kernels are float32)"
+            return f"weights of dtype {_name(tensor.dtype)} (native kernels take float32 ones)"
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -179,7 +199,9 @@ def to_layout(x: Tensor, layout: int) -> Tensor:
     else:
         rows, cols, batch = c, n, (1, plane)
         from_stride, to_stride = (0, n, plane * n), (0, c, plane * c)
-    _native.transpose(x.data_ptr(), out.data_ptr(), batch, (rows, cols), from_stride, to_stride, threads)
+    _native.transpose(
+        ELEMENTS[x.dtype], x.data_ptr(), out.data_ptr(), batch, (rows, cols), from_stride, to_stride, threads,
+    )  # fmt: skip
     return out
 
 
@@ -237,7 +259,7 @@ def plan_conv2d(shape, out_shape, conv, nnz: int, most_threads: int) -> ConvPlan
 
 def run_conv2d(plan: ConvPlan, x, values, bias, pattern, programs, out: Tensor, norm=None, result=None) -> None:
     _native.forward(
-        plan.convolution, plan.size, x.data_ptr(), plan.strides, plan.positions, out.data_ptr(), plan.out_strides,
+        plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, out.data_ptr(), plan.out_strides,
         pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), plan.nnz, programs,
         plan.threads, _norm_arguments(norm), _result_arguments(result),
     )  # fmt: skip
@@ -249,7 +271,8 @@ def conv2d_input_grad(
     grad, flat = as_batch_last(grad), _is_flat(weight_shape, stride, padding)
     dest, source = _Activations(grad_x.shape, flat), _Activations(grad.shape, flat)
     _native.input_grad(
-        convolution(weight_shape, stride, padding, dilation, groups), dest.size, grad.data_ptr(), source.strides,
+        convolution(weight_shape, stride, padding, dilation, groups), ELEMENTS[grad.dtype], dest.size,
+        grad.data_ptr(), source.strides,
         source.positions, grad_x.data_ptr(), dest.strides, pattern[2].data_ptr(), pattern[3].data_ptr(),
         pattern[4].data_ptr(), values.data_ptr(), values.numel(), programs(pattern),
         _conv_threads(values.numel(), grad_x, grad),
@@ -263,7 +286,8 @@ def conv2d_weight_grad(
     grad, x, flat = as_batch_last(grad), as_batch_last(x), _is_flat(weight_shape, stride, padding)
     source, dest = _Activations(x.shape, flat), _Activations(grad.shape, flat)
     _native.weight_grad(
-        convolution(weight_shape, stride, padding, dilation, groups), source.size, x.data_ptr(), source.strides,
+        convolution(weight_shape, stride, padding, dilation, groups), ELEMENTS[x.dtype], source.size, x.data_ptr(),
+        source.strides,
         dest.positions, grad.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(),
         value_grad.data_ptr(), 0, value_grad.numel(), programs(pattern), _conv_threads(value_grad.numel(), x, grad),
         _norm_arguments(norm),
@@ -284,9 +308,9 @@ def linear(x, values, bias, pattern, in_features, out_features, out: Tensor) -> 
     x, size, strides = _tokens(x, in_features)
     conv = convolution((out_features, in_features, 1, 1), *_UNIT)
     _native.forward(
-        conv, size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0), pattern[0].data_ptr(),
-        pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(), programs(pattern),
-        _linear_threads(values.numel(), x, out, in_features), None, None,
+        conv, ELEMENTS[x.dtype], size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0),
+        pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(),
+        programs(pattern), _linear_threads(values.numel(), x, out, in_features), None, None,
     )  # fmt: skip
     return out
 
@@ -295,8 +319,8 @@ def linear_input_grad(grad, values, pattern, in_features, out_features, grad_x: 
     grad, _, grad_strides = _tokens(grad, out_features)
     conv = convolution((out_features, in_features, 1, 1), *_UNIT)
     _native.input_grad(
-        conv, (grad.shape[0], in_features, 1, 1), grad.data_ptr(), grad_strides, (1, 1), grad_x.data_ptr(),
-        (in_features, 1, 0, 0), pattern[2].data_ptr(), pattern[3].data_ptr(), pattern[4].data_ptr(),
+        conv, ELEMENTS[grad.dtype], (grad.shape[0], in_features, 1, 1), grad.data_ptr(), grad_strides, (1, 1),
+        grad_x.data_ptr(), (in_features, 1, 0, 0), pattern[2].data_ptr(), pattern[3].data_ptr(), pattern[4].data_ptr(),
         values.data_ptr(), values.numel(), programs(pattern),
         _linear_threads(values.numel(), grad, grad_x, out_features),
     )  # fmt: skip
@@ -311,8 +335,9 @@ def linear_weight_grad(
     x, size, strides = _tokens(x, in_features)
     conv = convolution((out_features, in_features, 1, 1), *_UNIT)
     _native.weight_grad(
-        conv, size, x.data_ptr(), strides, (1, 1), grad.data_ptr(), grad_strides, pattern[0].data_ptr(),
-        pattern[1].data_ptr(), value_grad.data_ptr(), _pointer(bias_grad), value_grad.numel(), programs(pattern),
+        conv, ELEMENTS[x.dtype], size, x.data_ptr(), strides, (1, 1), grad.data_ptr(), grad_strides,
+        pattern[0].data_ptr(), pattern[1].data_ptr(), value_grad.data_ptr(), _pointer(bias_grad), value_grad.numel(),
+        programs(pattern),
         _linear_threads(value_grad.numel(), x, grad, in_features), None,
     )  # fmt: skip
     return value_grad
@@ -324,8 +349,9 @@ def batch_norm(
     """Fills rstd, y (unless it is None) and, to `measure`, mean and variance."""
     n, c, h, w = x.shape
     _native.norm_forward(
-        x.data_ptr(), _pointer(residual), c, n * h * w, activation, _pointer(weight), _pointer(bias), eps, measure,
-        mean.data_ptr(), variance.data_ptr(), rstd.data_ptr(), _pointer(y), _threads(4 * x.numel()),
+        ELEMENTS[x.dtype], x.data_ptr(), _pointer(residual), c, n * h * w, activation, _pointer(weight),
+        _pointer(bias), eps, measure, mean.data_ptr(), variance.data_ptr(), rstd.data_ptr(), _pointer(y),
+        _threads(4 * x.numel()),
     )  # fmt: skip
 
 
@@ -335,8 +361,8 @@ def batch_norm_backward(
 ) -> None:  # fmt: skip
     n, c, h, w = x.shape
     _native.norm_backward(
-        grad.data_ptr(), x.data_ptr(), _pointer(residual), _pointer(output), c, n * h * w, activation,
-        _pointer(weight), _pointer(bias), mean.data_ptr(), rstd.data_ptr(), training, grad_x.data_ptr(),
+        ELEMENTS[x.dtype], grad.data_ptr(), x.data_ptr(), _pointer(residual), _pointer(output), c, n * h * w,
+        activation, _pointer(weight), _pointer(bias), mean.data_ptr(), rstd.data_ptr(), training, grad_x.data_ptr(),
         grad_residual.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr(), _threads(4 * x.numel()),
     )  # fmt: skip
 
@@ -368,13 +394,17 @@ def average_axes(shape, rows, row_ends, row_scale, columns, column_ends, column_
 def pool(x: Tensor, axes, y: Tensor, chosen: Tensor | None) -> None:
     threads = _threads(2 * (x.numel() + y.numel()))
     n, c = x.shape[:2]
-    _native.pool_forward(axes[0], axes[1], n, c, x.data_ptr(), y.data_ptr(), _pointer(chosen), threads)
+    _native.pool_forward(
+        ELEMENTS[x.dtype], axes[0], axes[1], n, c, x.data_ptr(), y.data_ptr(), _pointer(chosen), threads
+    )
 
 
 def pool_backward(grad: Tensor, axes, chosen: Tensor | None, grad_x: Tensor) -> None:
     threads = _threads(2 * (grad.numel() + grad_x.numel()))
     n, c = grad.shape[:2]
-    _native.pool_backward(axes[0], axes[1], n, c, grad.data_ptr(), _pointer(chosen), grad_x.data_ptr(), threads)
+    _native.pool_backward(
+        ELEMENTS[grad.dtype], axes[0], axes[1], n, c, grad.data_ptr(), _pointer(chosen), grad_x.data_ptr(), threads
+    )
 
 
 __all__ = ["CHANNELS_LAST", "activate_isa", "active_isa", "available_isas", "native_reason"]

@@ -12,6 +12,15 @@ from sparse_ft.ops.activations import activate, slope
 from sparse_ft.ops.pattern import flat_index
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What sums over `x` are given in, as in torch: float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x))
+
+
 def dense_weight(values: Tensor, pattern: list[Tensor], weight_shape) -> Tensor:
     numel = weight_shape[0] * weight_shape[1] * weight_shape[2] * weight_shape[3]
     dense = values.new_zeros(numel)
@@ -42,7 +51,7 @@ def conv2d_input_grad(grad, values, pattern, weight_shape, stride, padding, dila
 def conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilation, groups) -> Tensor:
     x = _padded(x, padding)
     dense = conv2d_weight(x, tuple(weight_shape), grad, tuple(stride), 0, tuple(dilation), groups)
-    return dense.reshape(-1)[flat_index(pattern[0], pattern[1], weight_shape)]
+    return _wide(dense.reshape(-1)[flat_index(pattern[0], pattern[1], weight_shape)])
 
 
 def linear(x, values, bias, pattern, in_features, out_features) -> Tensor:
@@ -57,15 +66,10 @@ def linear_input_grad(grad, values, pattern, in_features, out_features) -> Tenso
 
 def linear_weight_grad(grad, x, pattern, in_features, out_features) -> Tensor:
     dense = grad.reshape(-1, out_features).t() @ x.reshape(-1, in_features)
-    return dense.reshape(-1)[flat_index(pattern[0], pattern[1], (out_features, in_features, 1, 1))]
+    return _wide(dense.reshape(-1)[flat_index(pattern[0], pattern[1], (out_features, in_features, 1, 1))])
 
 
 _PER_CHANNEL = (1, -1, 1, 1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In torch's own accumulation type: float64 stays, everything else is summed in float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def batch_norm_statistics(x) -> tuple[Tensor, Tensor]:

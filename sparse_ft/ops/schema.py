@@ -18,6 +18,9 @@
     *_input_grad, *_weight_grad, batch_norm_backward    their gradients, operators too
     linear_weight_bias_grad    both in one pass over the gradient
 
+Activations are float32, or bfloat16 beside float32 weights and statistics; gradients of either have its type, and
+`*_weight_grad` gives float32. Other types run on the reference backend.
+
 Source of the three products: SparseProp (Nikdan et al., ICML 2023, arXiv 2302.04852).
 """
 
@@ -41,6 +44,7 @@ from sparse_ft.ops.checks import (
 )
 from sparse_ft.ops.layout import BATCH_LAST, empty, is_batch_last
 from sparse_ft.ops.native import native_reason
+from sparse_ft.ops.reference import wide_dtype
 
 library = torch.library.Library("sparse_ft", "DEF")
 _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
@@ -120,7 +124,7 @@ def _batch_last(x: Tensor) -> Tensor:
 def _linear(x, values, bias, pattern, in_features, out_features):
     check_features("the input", x, in_features)
     _check_linear(pattern, values, bias, in_features, out_features)
-    if native_reason(x, values, bias):
+    if native_reason(x, weights=(values, bias)):
         return reference.linear(x, values, bias, pattern, in_features, out_features)
     out = allocation.empty(x, *x.shape[:-1], out_features)
     if out.numel():
@@ -131,7 +135,7 @@ def _linear(x, values, bias, pattern, in_features, out_features):
 def _linear_input_grad(grad, values, pattern, in_features, out_features):
     check_features("the gradient", grad, out_features)
     _check_linear(pattern, values, None, in_features, out_features)
-    if native_reason(grad, values):
+    if native_reason(grad, weights=(values,)):
         return reference.linear_input_grad(grad, values, pattern, in_features, out_features)
     grad_x = allocation.empty(grad, *grad.shape[:-1], in_features)
     if grad_x.numel():
@@ -145,7 +149,7 @@ def _linear_weight_grad(grad, x, pattern, in_features, out_features):
     _check_linear(pattern, None, None, in_features, out_features)
     if native_reason(grad, x):
         return reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
-    value_grad = grad.new_zeros(_nnz(pattern))
+    value_grad = grad.new_zeros(_nnz(pattern), dtype=torch.float32)
     if grad.numel() and x.numel():
         native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad)
     return value_grad
@@ -157,12 +161,12 @@ def _linear_weight_bias_grad(grad, x, pattern, in_features, out_features):
     _check_linear(pattern, None, None, in_features, out_features)
     if native_reason(grad, x):
         value_grad = reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
-        return value_grad, grad.reshape(-1, out_features).sum(0)
-    value_grad, bias_grad = grad.new_zeros(_nnz(pattern)), grad.new_zeros(out_features)
+        return value_grad, grad.reshape(-1, out_features).sum(0, dtype=wide_dtype(grad))
+    value_grad, bias_grad = (grad.new_zeros(count, dtype=torch.float32) for count in (_nnz(pattern), out_features))
     if grad.numel() and x.numel():
         native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad, bias_grad)
     elif grad.numel():
-        torch.sum(grad.reshape(-1, out_features), 0, out=bias_grad)
+        torch.sum(grad.reshape(-1, out_features), 0, dtype=torch.float32, out=bias_grad)
     return value_grad, bias_grad
 
 
@@ -170,7 +174,7 @@ def _conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, g
     conv = (weight_shape, stride, padding, dilation, groups)
     shape = conv2d_output_shape(x.shape, *conv)
     _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
-    if native_reason(x, values, bias):
+    if native_reason(x, weights=(values, bias)):
         return _batch_last(reference.conv2d(x, values, bias, pattern, *conv))
     out = empty(shape, BATCH_LAST, x)
     if out.numel():
@@ -182,7 +186,7 @@ def _conv2d_input_grad(grad, values, pattern, weight_shape, stride, padding, dil
     conv = (weight_shape, stride, padding, dilation, groups)
     check_same_shape("the gradient", grad, conv2d_output_shape(input_shape, *conv))
     _check_conv2d(pattern, values, None, weight_shape, stride, groups)
-    if native_reason(grad, values):
+    if native_reason(grad, weights=(values,)):
         return _batch_last(reference.conv2d_input_grad(grad, values, pattern, *conv, input_shape))
     grad_x = empty(input_shape, BATCH_LAST, grad)
     if grad_x.numel():
@@ -196,7 +200,7 @@ def _conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilatio
     _check_conv2d(pattern, None, None, weight_shape, stride, groups)
     if native_reason(grad, x):
         return reference.conv2d_weight_grad(grad, x, pattern, *conv)
-    value_grad = grad.new_zeros(_nnz(pattern))
+    value_grad = grad.new_zeros(_nnz(pattern), dtype=torch.float32)
     if grad.numel() and x.numel():
         native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad)
     return value_grad
@@ -216,7 +220,7 @@ def _norm_conv2d(
     shape = conv2d_output_shape(x.shape, *conv)
     _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
     _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
-    if native_reason(x, norm_weight, norm_bias, mean, rstd, values, bias):
+    if native_reason(x, weights=(norm_weight, norm_bias, mean, rstd, values, bias)):
         normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
         return _batch_last(reference.conv2d(normalised, values, bias, pattern, *conv))
     out = empty(shape, BATCH_LAST, x)
@@ -233,10 +237,10 @@ def _norm_conv2d_weight_grad(
     check_same_shape("the gradient", grad, conv2d_output_shape(x.shape, *conv))
     _check_conv2d(pattern, None, None, weight_shape, stride, groups)
     _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
-    if native_reason(grad, x, norm_weight, norm_bias, mean, rstd):
+    if native_reason(grad, x, weights=(norm_weight, norm_bias, mean, rstd)):
         normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
         return reference.conv2d_weight_grad(grad, normalised, pattern, *conv)
-    value_grad = grad.new_zeros(_nnz(pattern))
+    value_grad = grad.new_zeros(_nnz(pattern), dtype=torch.float32)
     if grad.numel() and x.numel():
         norm = (*map(_contiguous, (mean, rstd, norm_weight, norm_bias)), activation)
         native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad, norm)
@@ -259,7 +263,7 @@ def _conv2d_norm(
     if residual is not None:
         check_same_shape("the residual", residual, shape)
     norm = (norm_weight, norm_bias, mean, variance)
-    if native_reason(x, values, bias, residual, *norm):
+    if native_reason(weights=(x, residual, values, bias, *norm)):  # float32 alone is finished as it is stored
         y = reference.conv2d(x, values, bias, pattern, *conv)
         return _batch_last(reference.finish(y, *norm, eps, residual, activation))
     out = empty(shape, BATCH_LAST, x)
@@ -279,14 +283,14 @@ def _batch_norm(x, weight, bias, mean, variance, eps, residual=None, activation=
         raise ValueError("batch_norm takes mean and variance together, or neither")
     if residual is not None:
         check_same_shape("the residual", residual, x.shape)
-    if native_reason(x, weight, bias, mean, variance, residual) or x.numel() == 0:
+    if native_reason(x, residual, weights=(weight, bias, mean, variance)) or x.numel() == 0:
         y, mean, rstd, variance = reference.batch_norm(x, weight, bias, mean, variance, eps, residual, activation)
         return _batch_last(y), mean, rstd, variance
     x, measure = native.as_batch_last(x), mean is None
     residual = None if residual is None else native.as_batch_last(residual)
-    y, rstd = empty(x.shape, BATCH_LAST, x), x.new_empty(x.shape[1])
+    y, rstd = empty(x.shape, BATCH_LAST, x), x.new_empty(x.shape[1], dtype=torch.float32)
     if measure:
-        mean, variance = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        mean, variance = torch.empty_like(rstd), torch.empty_like(rstd)
     else:  # outputs of their own, and contiguous ones
         mean, variance = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (mean, variance))
     native.batch_norm(
@@ -299,7 +303,7 @@ def _batch_norm_statistics(x):
     check_image("the input", x.shape)
     if native_reason(x) or x.numel() == 0:
         return reference.batch_norm_statistics(x)
-    mean, variance, rstd = (x.new_empty(x.shape[1]) for _ in range(3))
+    mean, variance, rstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(3))
     x = native.as_batch_last(x)
     native.batch_norm(x, None, None, mean, variance, rstd, 0.0, None, 0, True, None)
     return mean, variance
@@ -314,7 +318,7 @@ def _batch_norm_backward(grad, x, weight, bias, mean, rstd, residual, output, ac
     for name, tensor in (("the residual", residual), ("the output", output)):
         if tensor is not None:
             check_same_shape(name, tensor, x.shape)
-    if native_reason(grad, x, weight, bias, mean, rstd, residual, output) or x.numel() == 0:
+    if native_reason(grad, x, residual, output, weights=(weight, bias, mean, rstd)) or x.numel() == 0:
         grad_x, grad_weight, grad_bias, grad_residual = reference.batch_norm_backward(
             grad, x, weight, bias, mean, rstd, residual, output, activation, training
         )
@@ -429,12 +433,13 @@ def _(grad, values, pattern, in_features, out_features):
 
 @torch.library.register_fake("sparse_ft::linear_weight_grad")
 def _(grad, x, pattern, in_features, out_features):
-    return grad.new_empty(_nnz(pattern))
+    return grad.new_empty(_nnz(pattern), dtype=wide_dtype(grad))
 
 
 @torch.library.register_fake("sparse_ft::linear_weight_bias_grad")
 def _(grad, x, pattern, in_features, out_features):
-    return grad.new_empty(_nnz(pattern)), grad.new_empty(out_features)
+    dtype = wide_dtype(grad)
+    return grad.new_empty(_nnz(pattern), dtype=dtype), grad.new_empty(out_features, dtype=dtype)
 
 
 @torch.library.register_fake("sparse_ft::conv2d")
@@ -449,7 +454,7 @@ def _(grad, values, pattern, weight_shape, stride, padding, dilation, groups, in
 
 @torch.library.register_fake("sparse_ft::conv2d_weight_grad")
 def _(grad, x, pattern, weight_shape, stride, padding, dilation, groups):
-    return grad.new_empty(_nnz(pattern))
+    return grad.new_empty(_nnz(pattern), dtype=wide_dtype(grad))
 
 
 @torch.library.register_fake("sparse_ft::norm_conv2d")
@@ -472,24 +477,19 @@ def _(
 def _(
     grad, x, norm_weight, norm_bias, mean, rstd, activation, pattern, weight_shape, stride, padding, dilation, groups
 ):
-    return grad.new_empty(_nnz(pattern))
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    """float32 for every dtype but float64, as in torch."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return grad.new_empty(_nnz(pattern), dtype=wide_dtype(grad))
 
 
 @torch.library.register_fake("sparse_ft::batch_norm")
 def _(x, weight, bias, mean, variance, eps, residual=None, activation=0, training=False):
-    dtype = _statistics_dtype(x) if mean is None else mean.dtype
+    dtype = wide_dtype(x) if mean is None else mean.dtype
     stats = [x.new_empty(x.shape[1], dtype=dtype) for _ in range(3)]
     return empty(x.shape, BATCH_LAST, x), *stats
 
 
 @torch.library.register_fake("sparse_ft::batch_norm_statistics")
 def _(x):
-    dtype = _statistics_dtype(x)
+    dtype = wide_dtype(x)
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 

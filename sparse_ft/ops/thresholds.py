@@ -8,7 +8,7 @@ from sparse_ft.ops import _native, native
 
 def count_at_least(weight: Tensor, threshold: float) -> int:
     """How many of the weights have a magnitude of at least `threshold` and are not zero."""
-    if native.native_reason(weight):
+    if native.native_reason(weights=(weight,)):
         magnitude = weight.detach().abs()
         return int(torch.count_nonzero((magnitude >= threshold) & (magnitude > 0)))
     weight = weight.detach().contiguous()

@@ -14,6 +14,7 @@ from sparse_ft.nn import follow_layout, restore_stock
 from sparse_ft.ops import BATCH_LAST, is_batch_last
 
 PAIRS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+TYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SHAPES = st.tuples(st.integers(4, 37), st.integers(1, 5), st.integers(1, 12), st.integers(1, 12))
 quickly = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -28,8 +29,9 @@ def isa(request):
     ops.activate_isa(before)
 
 
-def check(stock: nn.Module, x: torch.Tensor) -> None:
-    pool = copy.deepcopy(stock)
+def check(stock: nn.Module, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+    pool, x = copy.deepcopy(stock), x.to(dtype)
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     assert follow_layout(pool)
     one = x.detach().double().requires_grad_(True)
     two = torch.ops.sparse_ft.to_layout(x.detach(), BATCH_LAST).requires_grad_(True)
@@ -41,44 +43,45 @@ def check(stock: nn.Module, x: torch.Tensor) -> None:
         return
     y = pool(two)
     assert is_batch_last(y) and y.shape == want.shape
-    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6, equal_nan=True)
-    grad = torch.randn_like(want)
-    (want_grad,) = torch.autograd.grad(want, one, grad)
-    (got_grad,) = torch.autograd.grad(y, two, grad.float())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), want, rtol=1e-5 + rounding, atol=1e-6, equal_nan=True)
+    grad = torch.randn_like(want).to(dtype)
+    (want_grad,) = torch.autograd.grad(want, one, grad.double())
+    (got_grad,) = torch.autograd.grad(y, two, grad)
     assert is_batch_last(got_grad)
-    torch.testing.assert_close(got_grad.double(), want_grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_grad.double(), want_grad, rtol=1e-5 + rounding, atol=1e-5)
 
 
 @given(
     shape=SHAPES, kernel=PAIRS, stride=PAIRS, dilation=PAIRS, ceil=st.booleans(), data=st.data(),
-    integers=st.booleans(), threads=st.sampled_from([1, 2]),
+    integers=st.booleans(), threads=st.sampled_from([1, 2]), dtype=TYPES,
 )  # fmt: skip
 @quickly
-def test_max(isa, shape, kernel, stride, dilation, ceil, data, integers, threads):
+def test_max(isa, shape, kernel, stride, dilation, ceil, data, integers, threads, dtype):
     torch.set_num_threads(threads)
     padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
     assume(all(s + 2 * p >= (k - 1) * d + 1 for s, p, k, d in zip(shape[2:], padding, kernel, dilation, strict=True)))
     x = torch.randn(shape)
     if integers:  # many equal ones: the first of a window has the gradient
         x = x.round()
-    check(nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil), x)
+    check(nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil), x, dtype)
 
 
 @given(
     shape=SHAPES, kernel=PAIRS, stride=PAIRS, ceil=st.booleans(), count=st.booleans(),
-    divisor=st.sampled_from([None, None, 3, -2]), data=st.data(),
+    divisor=st.sampled_from([None, None, 3, -2]), data=st.data(), dtype=TYPES,
 )  # fmt: skip
 @quickly
-def test_average(isa, shape, kernel, stride, ceil, count, divisor, data):
+def test_average(isa, shape, kernel, stride, ceil, count, divisor, data, dtype):
     padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
     assume(all(s + 2 * p >= k for s, p, k in zip(shape[2:], padding, kernel, strict=True)))
-    check(nn.AvgPool2d(kernel, stride, padding, ceil, count, divisor), torch.randn(shape))
+    check(nn.AvgPool2d(kernel, stride, padding, ceil, count, divisor), torch.randn(shape), dtype)
 
 
-@given(shape=SHAPES, output=st.tuples(*[st.one_of(st.none(), st.integers(1, 14))] * 2))
+@given(shape=SHAPES, output=st.tuples(*[st.one_of(st.none(), st.integers(1, 14))] * 2), dtype=TYPES)
 @quickly
-def test_adaptive_average(isa, shape, output):
-    check(nn.AdaptiveAvgPool2d(output), torch.randn(shape))
+def test_adaptive_average(isa, shape, output, dtype):
+    check(nn.AdaptiveAvgPool2d(output), torch.randn(shape), dtype)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

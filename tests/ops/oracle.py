@@ -1,4 +1,4 @@
-"""What the operators are tested against: the same products in float64, and how far float32 may be from them."""
+"""What the operators are tested against: the same products in float64, and how far ours may be from them."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,9 @@ from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, SparsePattern
 
 # Of the sum of absolute products: 16 units in the last place. Sums are of up to some thousand terms in any order.
 RELATIVE = 16 * torch.finfo(torch.float32).eps
+# A result that is stored as bfloat16 was summed like one in float32 and is rounded once: by up to half a unit.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2}
+DTYPES = [torch.float32, torch.bfloat16]  # of activations
 
 
 def sparse_weight(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
@@ -31,7 +34,7 @@ def as_stored(x: Tensor, storage: str) -> Tensor:
     if storage == "batch_last":
         return torch.ops.sparse_ft.to_layout(x, BATCH_LAST)
     if storage == "strided":  # every second column of a wider tensor, its rows reversed in memory order
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
         wide[..., 1::2] = x
         return wide[..., 1::2]
     if storage == "transposed":
@@ -68,11 +71,14 @@ def expected(product: Callable[..., Tensor], grad: Tensor, *tensors: Tensor | No
 
 
 def assert_products(got: list[Tensor], product: Callable[..., Tensor], grad: Tensor, *tensors: Tensor | None) -> None:
-    """Each result is within rounding of the float64 one; rounding is measured by the sum of absolute products."""
+    """Each result is within rounding of the float64 one; rounding is measured by the sum of absolute products.
+
+    The output and the first gradient are activations, of the type of `grad`, the others float32.
+    """
     want = expected(product, grad, *tensors)
     size = expected(product, grad.abs(), *(None if t is None else t.abs() for t in tensors))
     for i, (a, b, scale) in enumerate(zip(got, want, size, strict=True)):
         name = f"gradient of argument {i - 1}" if i else "output"
-        assert a.shape == b.shape and a.dtype == torch.float32, name
-        excess = (a.double() - b).abs() - RELATIVE * scale
+        assert a.shape == b.shape and a.dtype == (grad.dtype if i < 2 else torch.float32), name
+        excess = (a.double() - b).abs() - RELATIVE * scale - ROUNDING[a.dtype] * (b.abs() + RELATIVE * scale)
         assert excess.numel() == 0 or excess.max() <= 1e-30, f"{name}: off by {excess.max()} more than rounding"

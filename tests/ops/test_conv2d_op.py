@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import as_stored, assert_products, dense_conv2d, pattern_of, sparse_weight
+from oracle import DTYPES, as_stored, assert_products, dense_conv2d, pattern_of, sparse_weight
 
 from sparse_ft.ops import is_batch_last
 
@@ -39,6 +39,7 @@ def convolutions(draw):
         "storage": (draw(st.sampled_from(STORAGES)), draw(st.sampled_from(STORAGES))),
         "threads": draw(st.sampled_from([1, 1, 1, 2, 3, 4])),
         "seed": draw(st.integers(0, 2**16)),
+        "dtype": draw(st.sampled_from(DTYPES)),
     }
 
 
@@ -57,10 +58,11 @@ def check(case) -> None:
     stride, padding, dilation, groups = geometry = case["geometry"]
     weight = sparse_weight(case["weight"], case["density"], generator)
     pattern, values = pattern_of(weight, padding, stride=stride, dilation=dilation, groups=groups)
-    x = torch.randn(case["x"], generator=generator)
+    x = torch.randn(case["x"], generator=generator).to(case["dtype"])
     bias = torch.randn(weight.shape[0], generator=generator) if case["bias"] else None
     with torch.no_grad():
-        grad = torch.randn(dense_conv2d(x, weight, None, *geometry).shape, generator=generator)
+        shape = dense_conv2d(x.float(), weight, None, *geometry).shape
+        grad = torch.randn(shape, generator=generator).to(case["dtype"])
     args = (
         as_stored(x, case["storage"][0]), values, bias, pattern, weight.shape, geometry,
         as_stored(grad, case["storage"][1]),
@@ -110,21 +112,29 @@ def test_against_float64_at_length(isa, case):
     ],
 )
 @pytest.mark.parametrize("threads", [1, 3])
-def test_shapes_that_are_cut(isa, x, weight, geometry, density, threads):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_that_are_cut(isa, x, weight, geometry, density, threads, dtype):
     check(
         {
             "x": x, "weight": weight, "geometry": geometry, "density": density, "bias": True,
-            "storage": ("contiguous", "batch_last"), "threads": threads, "seed": 0,
+            "storage": ("contiguous", "batch_last"), "threads": threads, "seed": 0, "dtype": dtype,
         }
     )  # fmt: skip
 
 
-def test_zero_batch(isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_batch(isa, dtype):
     weight = sparse_weight((5, 4, 3, 3), 0.5, torch.Generator().manual_seed(0))
     pattern, values = pattern_of(weight)
     geometry = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
     y, grad_x, grad_values, grad_bias = _run(
-        torch.empty(0, 4, 8, 8), values, torch.ones(5), pattern, weight.shape, geometry, torch.empty(0, 5, 6, 6)
+        torch.empty(0, 4, 8, 8, dtype=dtype),
+        values,
+        torch.ones(5),
+        pattern,
+        weight.shape,
+        geometry,
+        torch.empty(0, 5, 6, 6, dtype=dtype),
     )
     assert y.shape == (0, 5, 6, 6) and grad_x.shape == (0, 4, 8, 8)
     assert not grad_values.any() and not grad_bias.any()

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import DTYPES, ROUNDING
 
 from sparse_ft import ops
 from sparse_ft.ops import native
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "channels", "size", "kernel", "stride", "padding", "dilation", "density"),
     [
@@ -28,25 +30,26 @@ from sparse_ft.ops import native
         (32, 3, (9, 16), (3, 3), (1, 1), (1, 1), (1, 1), 0.8),  # some channels are windows, others are not
     ],
 )
-def test_against_float64(isa, batch, channels, size, kernel, stride, padding, dilation, density, threads):
+def test_against_float64(isa, batch, channels, size, kernel, stride, padding, dilation, density, threads, dtype):
     torch.manual_seed(channels)
     torch.set_num_threads(threads)
     weight = torch.randn(channels, 1, *kernel) * (torch.rand(channels, 1, *kernel) < density)
     bias = torch.randn(channels)
-    x = torch.randn(batch, channels, *size, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(batch, channels, *size).to(dtype).double().requires_grad_()
     dense = weight.double().requires_grad_()
     want = F.conv2d(x, dense, bias.double(), stride, padding, dilation, channels)
-    grad = torch.randn(want.shape)
+    grad = torch.randn(want.shape).to(dtype)
     want.backward(grad.double())
     geometry = (tuple(weight.shape), stride, padding, dilation, channels)
     pattern, values = ops.SparsePattern.build(
         weight, stride=stride, padding=padding, dilation=dilation, groups=channels
     )
-    source = native.to_layout(x.detach().float(), native.BATCH_LAST)
+    source = native.to_layout(x.detach().to(dtype), native.BATCH_LAST)
     sink = native.to_layout(grad, native.BATCH_LAST)
 
     def close(got, want):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * max(1.0, float(want.abs().max())))
+        rtol = 1e-4 + ROUNDING[got.dtype]
+        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-5 * max(1.0, float(want.abs().max())))
 
     close(
         native.conv2d(source, values, bias, pattern.tensors, *geometry, torch.empty_like(sink)),
@@ -61,15 +64,16 @@ def test_against_float64(isa, batch, channels, size, kernel, stride, padding, di
     )
 
 
-def test_a_missing_tap_reads_nothing(isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_missing_tap_reads_nothing(isa, dtype):
     """Lanes beyond the batch and columns beyond the image hold NaN here; none may leak in."""
-    x = torch.full((5, 3, 6, 6), torch.nan)
+    x = torch.full((5, 3, 6, 6), torch.nan, dtype=dtype)
     x[:, 1] = 1.0
     weight = torch.ones(3, 1, 3, 3)
     pattern, values = ops.SparsePattern.build(weight, padding=(1, 1), groups=3)
     geometry = (tuple(weight.shape), (1, 1), (1, 1), (1, 1), 3)
     source = native.to_layout(x, native.BATCH_LAST)
     y = native.conv2d(source, values, None, pattern.tensors, *geometry, torch.empty_like(source))
-    assert torch.equal(y[:, 1], F.conv2d(torch.ones(5, 1, 6, 6), weight[:1], padding=1)[:, 0])
+    assert torch.equal(y[:, 1].float(), F.conv2d(torch.ones(5, 1, 6, 6), weight[:1], padding=1)[:, 0])
     sums = native.conv2d_weight_grad(source, source, pattern.tensors, *geometry, torch.empty_like(values)).view(3, 9)
     assert sums[1].isfinite().all() and sums[0].isnan().all()

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import DTYPES, ROUNDING
 
 from sparse_ft import ops
 from sparse_ft.ops import native
@@ -29,10 +30,12 @@ def _sparse(shape: tuple[int, ...], density: float) -> torch.Tensor:
 
 
 def _close(got: torch.Tensor, want: torch.Tensor) -> None:
-    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * max(1.0, float(want.abs().max())))
+    rtol = 1e-4 + ROUNDING[got.dtype]
+    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-5 * max(1.0, float(want.abs().max())))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "features", "outputs", "density"),
     [
@@ -44,16 +47,16 @@ def _close(got: torch.Tensor, want: torch.Tensor) -> None:
         (333, 128, 129, 0.02),  # empty rows
     ],
 )
-def test_linear(tokens, features, outputs, density, threads):
+def test_linear(tokens, features, outputs, density, threads, dtype):
     torch.manual_seed(tokens)
     torch.set_num_threads(threads)
     weight, bias = _sparse((outputs, features), density), torch.randn(outputs)
-    x, grad = torch.randn(tokens, features), torch.randn(tokens, outputs)
+    x, grad = torch.randn(tokens, features).to(dtype), torch.randn(tokens, outputs).to(dtype)
     pattern, values = ops.SparsePattern.build(weight)
     for use_bias in (bias, None):
-        got = native.linear(x, values, use_bias, pattern.tensors, features, outputs, torch.empty(tokens, outputs))
+        got = native.linear(x, values, use_bias, pattern.tensors, features, outputs, torch.empty_like(grad))
         _close(got, F.linear(x.double(), weight.double(), None if use_bias is None else bias.double()))
-    got = native.linear_input_grad(grad, values, pattern.tensors, features, outputs, torch.empty(tokens, features))
+    got = native.linear_input_grad(grad, values, pattern.tensors, features, outputs, torch.empty_like(x))
     _close(got, grad.double() @ weight.double())
     for bias_grad in (None, torch.full_like(bias, torch.nan)):
         got = native.linear_weight_grad(
@@ -65,6 +68,7 @@ def test_linear(tokens, features, outputs, density, threads):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "channels", "outputs", "size", "kernel", "stride", "padding", "dilation", "groups", "density"),
     [
@@ -86,18 +90,18 @@ def test_linear(tokens, features, outputs, density, threads):
         (36, 64, 40, (26, 26), (1, 3), (2, 1), (0, 1), (1, 1), 1, 0.1),
     ],
 )
-def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilation, groups, density, threads):
+def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilation, groups, density, threads, dtype):
     torch.manual_seed(batch + channels)
     torch.set_num_threads(threads)
     weight, bias = _sparse((outputs, channels // groups, *kernel), density), torch.randn(outputs)
-    x = torch.randn(batch, channels, *size, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(batch, channels, *size).to(dtype).double().requires_grad_()
     dense = weight.double().requires_grad_()
     want = F.conv2d(x, dense, bias.double(), stride, padding, dilation, groups)
-    grad = torch.randn(want.shape)
+    grad = torch.randn(want.shape).to(dtype)
     want.backward(grad.double())
     geometry = (tuple(weight.shape), stride, padding, dilation, groups)
     pattern, values = ops.SparsePattern.build(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    source = native.to_layout(x.detach().float(), native.BATCH_LAST)
+    source = native.to_layout(x.detach().to(dtype), native.BATCH_LAST)
     sink = native.to_layout(grad, native.BATCH_LAST)
     for use_bias in (bias, None):
         got = native.conv2d(source, values, use_bias, pattern.tensors, *geometry, torch.empty_like(sink))

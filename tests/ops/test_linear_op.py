@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import as_stored, assert_products, pattern_of, sparse_weight
+from oracle import DTYPES, as_stored, assert_products, pattern_of, sparse_weight
 
 
 @st.composite
@@ -22,6 +22,7 @@ def layers(draw):
         "storage": [draw(st.sampled_from(["contiguous", "strided", "transposed"])) for _ in range(2)],
         "threads": draw(st.sampled_from([1, 1, 1, 2, 3, 4])),
         "seed": draw(st.integers(0, 2**16)),
+        "dtype": draw(st.sampled_from(DTYPES)),
     }
 
 
@@ -39,9 +40,9 @@ def check(case) -> None:
     weight = sparse_weight(case["weight"], case["density"], generator)
     pattern, values = pattern_of(weight)
     values = values.view(-1, 1)
-    x = torch.randn(*case["leading"], weight.shape[1], generator=generator)
+    x = torch.randn(*case["leading"], weight.shape[1], generator=generator).to(case["dtype"])
     bias = torch.randn(weight.shape[0], generator=generator) if case["bias"] else None
-    grad = torch.randn(*case["leading"], weight.shape[0], generator=generator)
+    grad = torch.randn(*case["leading"], weight.shape[0], generator=generator).to(case["dtype"])
     args = (
         as_stored(x, case["storage"][0]), values, bias, pattern, weight.shape, as_stored(grad, case["storage"][1])
     )  # fmt: skip
@@ -68,25 +69,32 @@ def test_against_float64_at_length(isa, case):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "weight", "density"),
     [(300, (90, 1100), 0.1), (193, (1100, 90), 0.1), (1, (300, 500), 0.1), (17, (16, 3000), 0.05)],
 )
-def test_shapes_that_are_cut(isa, tokens, weight, density, threads):
+def test_shapes_that_are_cut(isa, tokens, weight, density, threads, dtype):
     check(
         {
             "leading": (tokens,), "weight": weight, "density": density, "bias": True,
-            "storage": ["contiguous", "contiguous"], "threads": threads, "seed": 1,
+            "storage": ["contiguous", "contiguous"], "threads": threads, "seed": 1, "dtype": dtype,
         }
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leading", [(0,), (3, 0), (0, 4)])
-def test_zero_tokens(leading):
+def test_zero_tokens(leading, dtype):
     weight = sparse_weight((6, 5), 0.5, torch.Generator().manual_seed(0))
     pattern, values = pattern_of(weight)
     y, grad_x, grad_values, grad_bias = _run(
-        torch.empty(*leading, 5), values, torch.ones(6), pattern, weight.shape, torch.empty(*leading, 6)
+        torch.empty(*leading, 5, dtype=dtype),
+        values,
+        torch.ones(6),
+        pattern,
+        weight.shape,
+        torch.empty(*leading, 6, dtype=dtype),
     )
     assert y.shape == (*leading, 6) and grad_x.shape == (*leading, 5)
     assert not grad_values.any() and not grad_bias.any()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import as_stored, dense_conv2d, pattern_of, sparse_weight
+from oracle import DTYPES, ROUNDING, as_stored, dense_conv2d, pattern_of, sparse_weight
 
 from sparse_ft.ops import Activation, activations
 
@@ -34,9 +34,11 @@ CASES = {
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_against_float64(isa, name, threads):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_float64(isa, name, threads, dtype):
     torch.set_num_threads(threads)
     x, (scale, shift, mean, rstd), weight, pattern, values, conv = _case(*CASES[name])
+    x = x.to(dtype)
     for activation in Activation:
         wide = x.double().requires_grad_(True)
         leaves = [t.double().requires_grad_(True) for t in (scale, shift, weight)]
@@ -44,7 +46,7 @@ def test_against_float64(isa, name, threads):
         v = (wide - mean.double().view(per_channel)) * rstd.double().view(per_channel)
         v = v * leaves[0].view(per_channel) + leaves[1].view(per_channel)
         want = dense_conv2d(activations.activate(v, activation), leaves[2], None, *conv[1:])
-        grad = torch.randn(want.shape)
+        grad = torch.randn(want.shape).to(dtype)
         want.backward(grad.double())
 
         mine = [t.clone().requires_grad_(True) for t in (as_stored(x, "batch_last"), scale, shift, values)]
@@ -55,7 +57,10 @@ def test_against_float64(isa, name, threads):
         expected = [wide.grad, leaves[0].grad, leaves[1].grad, pattern.from_dense(leaves[2].grad)]
         for got, right in zip([y, *(t.grad for t in mine)], [want, *expected], strict=True):
             scale_of = max(1.0, float(right.detach().abs().max())) if right.numel() else 1.0
-            torch.testing.assert_close(got.double(), right.view(got.shape), rtol=1e-4, atol=2e-5 * scale_of)
+            # What the convolution reads and the gradient that goes on to the norm are rounded, too.
+            atol = (2e-5 + 4 * ROUNDING[dtype]) * scale_of
+            rtol = 1e-4 + ROUNDING[got.dtype]
+            torch.testing.assert_close(got.double(), right.view(got.shape), rtol=rtol, atol=atol)
 
 
 def test_padding_stays_zero(isa):
@@ -69,3 +74,20 @@ def test_padding_stays_zero(isa):
         torch.zeros_like(x), None, torch.ones(12), flat, torch.ones(12), 0, False, values, None, pattern.tensors, *conv
     )
     assert (y[:, :, 0, 0] == 4 * 12).all() and (y[:, :, 0, 1] == 6 * 12).all() and (y[:, :, 1, 1] == 9 * 12).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "depthwise"])
+def test_the_same_as_of_a_stored_activation(isa, name, dtype):
+    """To the last bit, so that training does not depend on who computes the norm."""
+    x, (scale, shift, _, _), _, pattern, values, conv = _case(*CASES[name])
+    x = as_stored(x.to(dtype), "batch_last")
+    for activation in (Activation.IDENTITY, Activation.RELU, Activation.HARDSWISH):
+        y, mean, rstd, _ = torch.ops.sparse_ft.batch_norm(x, scale, shift, None, None, 1e-5, None, activation)
+        want = torch.ops.sparse_ft.conv2d(y, values, None, pattern.tensors, *conv)
+        norm = (scale, shift, mean, rstd, activation)
+        got = torch.ops.sparse_ft.norm_conv2d(x, *norm, True, values, None, pattern.tensors, *conv)
+        assert torch.equal(got, want)
+        grad = torch.randn(want.shape).to(dtype)
+        want = torch.ops.sparse_ft.conv2d_weight_grad(grad, y, pattern.tensors, *conv)
+        assert torch.equal(torch.ops.sparse_ft.norm_conv2d_weight_grad(grad, x, *norm, pattern.tensors, *conv), want)

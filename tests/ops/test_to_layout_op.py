@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import as_stored
+from oracle import DTYPES, as_stored
 
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, batch_last_strides, is_batch_last, layout_of
 
@@ -13,12 +13,20 @@ PAIRS = list(product(LAYOUTS, LAYOUTS))
 SHAPES = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 9), st.integers(1, 9))
 
 
+def _numbered(shape, dtype):
+    """Every value another, as far as the type has so many."""
+    numbers = torch.arange(torch.Size(shape).numel())
+    if dtype == torch.bfloat16:
+        return (numbers % 0x7F80).to(torch.int16).view(dtype).view(shape)
+    return numbers.to(dtype).view(shape)
+
+
 @pytest.mark.parametrize(("have", "want"), PAIRS)
-@given(shape=SHAPES, threads=st.sampled_from([1, 1, 2]))
-@settings(max_examples=15)
-def test_all_pairs(isa, have, want, shape, threads):
+@given(shape=SHAPES, threads=st.sampled_from([1, 1, 2]), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=20)
+def test_all_pairs(isa, have, want, shape, threads, dtype):
     torch.set_num_threads(threads)
-    plain = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    plain = _numbered(shape, dtype)
     x = torch.ops.sparse_ft.to_layout(plain, have)
     assert torch.equal(x, plain)
     y = torch.ops.sparse_ft.to_layout(x, want)
@@ -41,19 +49,22 @@ def test_any_strides_and_types(want, storage, dtype):
     assert torch.equal(torch.ops.sparse_ft.to_layout(x, want), plain.to(dtype))
 
 
-def test_long_and_thin(isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_and_thin(isa, dtype):
     """Rows beyond one strip of the transpose, and remainders of its blocks."""
     for shape in ((3, 2, 40, 41), (257, 3, 5, 7), (1, 9, 9, 9), (19, 600, 1, 1)):
-        plain = torch.randn(shape)
+        plain = torch.randn(shape).to(dtype)
         x = torch.ops.sparse_ft.to_layout(plain, BATCH_LAST)
         assert torch.equal(x, plain)
         assert torch.equal(torch.ops.sparse_ft.to_layout(x, CHANNELS_LAST), plain)
 
 
 @pytest.mark.parametrize("shape", [(32, 64, 24, 24), (40, 70, 21, 19), (7, 300, 25, 25), (130, 96, 10, 9)])
-def test_larger_than_the_caches(isa, shape):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_larger_than_the_caches(isa, shape, dtype):
     """Staged in runs, and written around the caches."""
-    plain = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    shape = shape if dtype == torch.float32 else (shape[0], 2 * shape[1], *shape[2:])  # as many bytes
+    plain = _numbered(shape, dtype)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for have, want in PAIRS:

@@ -129,7 +129,7 @@ class Active:
 
     def operands(self, weight: Tensor, height: int, width: int) -> Operands:
         """For inputs of that size. What was given last is given again, unless the weight or the size is another."""
-        native = native_reason(weight) is None
+        native = native_reason(weights=(weight,)) is None
         taps = reached_taps(self.geometry, height, width) if native else None
         version = _version(weight)
         if self.used is None or taps is not self._taps or self.follows(weight) and version != self._used_for:

@@ -98,7 +98,7 @@ class Products:
         """What the weight gradient needs of an input: its values whose magnitude is above a threshold."""
         g = self.geometry.of_input(x.shape)
         x = x if g is self.geometry else x.reshape(x.shape[0], -1, 1, 1)
-        if native_reason(x) is None:
+        if native_reason(weights=(x,)) is None:  # float32 alone has a compact form
             return compact(x, threshold, flat=g.flat, column_step=g.stride[1])
         return torch.where(x.abs() <= threshold, 0.0, x)
 
@@ -128,7 +128,7 @@ class Products:
     def _form(
         self, product: str, x: Tensor, weights: Operands, sparse: Callable, dense: Callable, decides: bool = True
     ) -> str:
-        if native_reason(x) is not None or self.policy == "none":
+        if native_reason(weights=(x,)) is not None or self.policy == "none":
             return DENSE
         if product not in self.forms:
             if self.policy == "always" or not decides or x.numel() == 0:
