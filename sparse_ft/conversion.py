@@ -121,8 +121,8 @@ def convert(
         policy: "auto" keeps of each layer the form that is faster, forward and backward, on the real input shape,
             and then makes sure that the whole model is faster than the dense one, else it is left dense; what was
             measured is kept per machine. Where nothing in the model is trained (`requires_grad`), forward alone
-            counts, and a first convolution may run natively without zeros. "always" converts every layer with enough
-            zeros.
+            counts, and a first convolution may run natively without zeros; under autocast to bfloat16 both forms are
+            timed in that. "always" converts every layer with enough zeros.
         min_sparsity: layers with a smaller fraction of zeros stay dense.
         ignore: names or `"re:pattern"` of layers to leave dense.
         masks: weight name -> bool mask of the positions to train, where it differs from the nonzeros (active zeros).
@@ -164,8 +164,12 @@ def convert(
             else:
                 assert shapes is not None
                 cache = TimingCache()
-                _choose_faster(candidates, shapes, cache, trained=trained)
-                report.step, report.note = _check_whole(model, candidates, example_inputs, cache, trained=trained)
+                use = _Use(
+                    trained=trained,
+                    dtype=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32,
+                )
+                _choose_faster(candidates, shapes, cache, use)
+                report.step, report.note = _check_whole(model, candidates, example_inputs, cache, use)
                 cache.save()
     report.layers = [entry.result() for entry in candidates.entries.values()]
     _install(model, candidates.taken_out())
@@ -397,17 +401,31 @@ def _choose_all(candidates: _Candidates, shapes: dict[str, torch.Size] | None) -
         entry.converted = not entry.joins
 
 
-def _choose_faster(
-    candidates: _Candidates, shapes: dict[str, torch.Size], cache: TimingCache, *, trained: bool
-) -> None:
+@dataclass(frozen=True)
+class _Use:
+    """How a model is used, as far as timings depend on it."""
+
+    trained: bool
+    dtype: torch.dtype  # of activations
+
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == torch.bfloat16
+
+
+def _choose_faster(candidates: _Candidates, shapes: dict[str, torch.Size], cache: TimingCache, use: _Use) -> None:
+    activation = torch.empty(0, dtype=use.dtype)
+
     def measure(entries: list[_Entry], *, inside: bool) -> None:
         for entry in entries:
             sparse, shape = entry.sparse(), shapes[entry.name]
-            if sparse.native_reason() is not None:
-                entry.reason = str(sparse.native_reason())
+            if sparse.native_reason(activation) is not None:
+                entry.reason = str(sparse.native_reason(activation))
                 continue
-            key = layer_key(sparse, shape, inside=inside, trained=trained)
-            timing = cache.get(key, partial(time_layer, sparse, shape, inside=inside, trained=trained))
+            key = layer_key(sparse, shape, inside=inside, trained=use.trained, bf16=use.bf16)
+            timing = cache.get(
+                key, partial(time_layer, sparse, shape, inside=inside, trained=use.trained, bf16=use.bf16)
+            )
             entry.dense_ms, entry.sparse_ms = timing.dense_ms, timing.sparse_ms
             entry.converted = timing.sparse_ms < timing.dense_ms
             entry.reason = "measured faster" if entry.converted else "measured slower than dense"
@@ -421,7 +439,7 @@ def _choose_faster(
 
 
 def _check_whole(
-    model: nn.Module, candidates: _Candidates, batch: Any, cache: TimingCache, *, trained: bool
+    model: nn.Module, candidates: _Candidates, batch: Any, cache: TimingCache, use: _Use
 ) -> tuple[Timing | None, str]:
     """Makes layers dense again unless the whole model gains: what lies between them was not measured with them.
 
@@ -436,8 +454,8 @@ def _check_whole(
     while kept:
         sparsities = {entry.name: entry.sparsity for entry in kept}
         try:
-            key = step_key(model, sparsities, batch)
-            timing = cache.get(key, partial(_time_whole, model, kept, batch))
+            key = step_key(model, sparsities, batch, bf16=use.bf16)
+            timing = cache.get(key, partial(_time_whole, model, kept, batch, bf16=use.bf16))
         except Exception as error:  # whatever the model raises when it is copied, or in training mode
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             logger.warning("the whole model could not be timed, its layers were chosen one by one (%s)", reason)
@@ -452,7 +470,7 @@ def _check_whole(
     for entry in chosen:
         if entry not in kept:
             entry.converted, entry.reason = False, "measured faster, but the whole model was not"
-    what = "forward and backward" if trained else "forward"
+    what = "forward and backward" if use.trained else "forward"
     dense = f"the whole model takes ({what}) {timing.dense_ms:.1f} ms dense"
     if not kept:
         return timing, f"left dense: {dense}, {' and '.join(failed)}"
@@ -460,10 +478,10 @@ def _check_whole(
     return timing, f"{note}; convolutions are left dense: {failed[0]}" if failed else note
 
 
-def _time_whole(model: nn.Module, entries: list[_Entry], batch: Any) -> Timing:
+def _time_whole(model: nn.Module, entries: list[_Entry], batch: Any, *, bf16: bool) -> Timing:
     dense, sparse = copy.deepcopy(model), copy.deepcopy(model)
     _install(sparse, ((entry.name, copy.deepcopy(entry.sparse())) for entry in entries))
-    return time_step(dense, sparse, batch)
+    return time_step(dense, sparse, batch, bf16=bf16)
 
 
 _Places = dict[int, list[tuple[nn.Module, str]]]

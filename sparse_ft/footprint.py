@@ -18,7 +18,7 @@ from torch import nn
 
 from sparse_ft.memory import keep_freed_memory
 from sparse_ft.nn import SparseModule
-from sparse_ft.steps import call, loss_of, make_optimizer, training_step
+from sparse_ft.steps import call, loss_of, make_optimizer, mixed_precision, training_step
 
 if TYPE_CHECKING:
     from sparse_ft.bench import Variant
@@ -93,7 +93,7 @@ def _measure(path: str) -> Footprint:
     step()
     step()
     peak = _resident("VmHWM")
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with mixed_precision(bf16):
         loss = loss_of(call(model, batch))
     loss.backward()
     return Footprint(

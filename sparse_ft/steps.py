@@ -1,6 +1,7 @@
 """One step of a model on a batch: what timings run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,15 @@ def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     return OPTIMIZERS[name]([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
+@contextmanager
+def mixed_precision(bf16: bool) -> Iterator[None]:
+    """Runs the block under torch's autocast to bfloat16, or without autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        yield
+    # Inside another autocast torch keeps the rounded weights, which a step of training has to make anew.
+    torch.clear_autocast_cache()
+
+
 def training_step(
     model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None, *, bf16: bool = False
 ) -> Callable[[], None]:
@@ -62,7 +72,7 @@ def training_step(
     model.train()
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with mixed_precision(bf16):
             loss = loss_of(call(model, batch))
         loss.backward()
         if optimizer is not None:
@@ -78,7 +88,7 @@ def inference_step(model: nn.Module, batch: Any, *, bf16: bool = False) -> Calla
 
     @torch.no_grad()
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with mixed_precision(bf16):
             call(model, batch)
 
     return step

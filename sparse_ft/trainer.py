@@ -256,9 +256,9 @@ class SparseTrainer(Trainer):
         self._live = None
         if self.session is None or args.sparse_policy == "none" or args.device.type != "cpu":
             return
-        if args.sparse_policy == "auto" and (args.bf16 or args.fp16):
+        if args.sparse_policy == "auto" and args.fp16:
             if self.recipe is not None and self.recipe.pruned_weights(self.session.training.model):
-                self.announce("layers that the recipe prunes train dense: they run natively in float32 only")
+                self.announce("layers that the recipe prunes train dense: there are no native kernels for float16")
             return
         self._live = LiveForms(
             self.session,
@@ -270,7 +270,11 @@ class SparseTrainer(Trainer):
         )
 
     def _follow_masks(self) -> None:
-        if self._live is None or not self._live.follow():
+        if self._live is None:
+            return
+        with self._precision():
+            changed = self._live.follow()
+        if not changed:
             return
         model = self.accelerator.unwrap_model(self.model)
         if self._live.report is not None and self._live.report is not self.conversion_report:
@@ -409,24 +413,29 @@ class SparseTrainer(Trainer):
         args = self.args
         if not (self._kept_masks or chosen) or (args.sparse_policy == "none" and chosen is None):
             return
-        if chosen is None and args.sparse_policy == "auto" and (args.bf16 or args.fp16):
-            self.announce("mixed precision: the native kernels compute in float32, so every layer stays dense")
+        if chosen is None and args.sparse_policy == "auto" and args.fp16:
+            self.announce("there are no native kernels for float16, so every layer stays dense")
             return
         checkpoint = self._checkpoint_state
         masks = self._kept_masks if checkpoint is None or checkpoint.masks is None else checkpoint.masks
         options: dict[str, Any] = {"min_sparsity": args.min_sparsity, "masks": masks}
         if chosen is None:
-            self.conversion_report = convert_alike(
-                model,
-                self.example_inputs,
-                policy=args.sparse_policy,
-                ignore=[*(args.sparse_ignore or ()), *(name for name in pruned if name in typed_layers(model))],
-                **options,
-            )
+            with self._precision():
+                self.conversion_report = convert_alike(
+                    model,
+                    self.example_inputs,
+                    policy=args.sparse_policy,
+                    ignore=[*(args.sparse_ignore or ()), *(name for name in pruned if name in typed_layers(model))],
+                    **options,
+                )
             if self.conversion_report.note:
                 self.announce(self.conversion_report.note)
         elif missing := [name for name in chosen if name not in native_layers(model)]:
             self.conversion_report = convert(model, layers=missing, **options)
+
+    def _precision(self) -> torch.autocast:
+        """What layers are timed under: training's own precision."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=bool(self.args.bf16))
 
     def _sample_losses(self, count: int, seed: int, batch_size: int | None) -> Iterator[Tensor]:
         """Losses of training batches in an order of their own, for second-order methods."""

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from sparse_ft.nn import SparseConv2d, SparseModule, follow_layout, survives_channels_last
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, active_isa
 from sparse_ft.ops.gradients import to_layout
-from sparse_ft.steps import inference_step, to_channels_last, training_step
+from sparse_ft.steps import inference_step, mixed_precision, to_channels_last, training_step
 
 _LAYER_BUDGET_S, _STEP_BUDGET_S = 0.4, 6.0  # for the repetitions, unless the verdict is clear before
 _MIN_PAIRS, _MAX_PAIRS = 3, 15
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 IMAGE_CHANNELS = 4  # a convolution that reads no more is a network's first
 
 
@@ -97,18 +97,24 @@ def interleaved_medians(variants: Mapping[str, Callable[[], object]], *, rounds:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _inference(layer: nn.Module, x: Tensor) -> Callable[[], object]:
-    # Its address: of an output that waits for what follows there is none before it is computed.
-    return torch.no_grad()(lambda: layer(x).data_ptr())
+def _inference(layer: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:
+    @torch.no_grad()
+    def run() -> None:
+        with mixed_precision(bf16):
+            layer(x).data_ptr()  # of an output that waits for what follows there is none before it is computed
+
+    return run
 
 
-def _training(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+def _training(layer: nn.Module, x: Tensor, bf16: bool) -> Callable[[], None]:
     x = x.detach().requires_grad_(True)  # a leaf: backward must end here
-    with torch.no_grad():
+    with torch.no_grad(), mixed_precision(bf16):
         grad = torch.randn_like(layer(x))
 
     def run() -> None:
-        layer(x).backward(grad)
+        with mixed_precision(bf16):
+            y = layer(x)
+        y.backward(grad)
         x.grad = None
         layer.zero_grad(set_to_none=True)
 
@@ -124,17 +130,22 @@ def _trainable_copy(layer: nn.Module) -> nn.Module:
 
 
 @torch.enable_grad()
-def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False, trained: bool = True) -> Timing:
+def time_layer(
+    layer: SparseModule, shape: torch.Size, *, inside: bool = False, trained: bool = True, bf16: bool = False
+) -> Timing:
     """Times a layer and its dense form on random input of `shape`; both as if all their parameters were trained,
     or forward alone.
 
     A dense convolution is measured in contiguous and in channels-last layout and the faster one counts, whichever
     the model uses now; a sparse one in batch-last layout. `inside` says that a dense form would stand between
-    sparse layers and pay for the change of layout.
+    sparse layers and pay for the change of layout. `bf16` times both on bfloat16 input under autocast.
     """
     sparse, dense = _trainable_copy(layer), _trainable_copy(layer.to_dense())
-    step = _training if trained else _inference
-    x = torch.randn(shape, dtype=torch.float32)
+    x = torch.randn(shape, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+    def step(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+        return _training(layer, x, bf16) if trained else _inference(layer, x, bf16)
+
     if isinstance(layer, SparseConv2d):
         as_layout = to_layout
         batch_last = as_layout(x, BATCH_LAST) if x.dim() == 4 else x
@@ -155,11 +166,11 @@ def time_layer(layer: SparseModule, shape: torch.Size, *, inside: bool = False, 
 
 
 @torch.enable_grad()
-def time_step(dense: nn.Module, sparse: nn.Module, batch: Any) -> Timing:
+def time_step(dense: nn.Module, sparse: nn.Module, batch: Any, *, bf16: bool = False) -> Timing:
     """Times forward and backward of a whole model (forward alone where nothing in it is trained).
 
-    Convolutions of the dense model run in channels_last layout, unless torch cannot train one in it. Both models are
-    changed: give copies.
+    Convolutions of the dense model run in channels_last layout, unless torch cannot train one in it; with `bf16` both
+    run under autocast to bfloat16. Both models are changed: give copies.
     """
     trained = any(parameter.requires_grad for parameter in dense.parameters())
     convolutions = [module for module in dense.modules() if isinstance(module, nn.Conv2d)]
@@ -168,24 +179,24 @@ def time_step(dense: nn.Module, sparse: nn.Module, batch: Any) -> Timing:
         dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def run(model: nn.Module, batch: Any) -> Callable[[], None]:
-        return training_step(model, batch, None) if trained else inference_step(model, batch)
+        return training_step(model, batch, None, bf16=bf16) if trained else inference_step(model, batch, bf16=bf16)
 
     return duel({"dense": run(dense, to_channels_last(batch) if last else batch)}, run(sparse, batch), _STEP_BUDGET_S)
 
 
-def layer_key(sparse: SparseModule, shape: torch.Size, *, inside: bool, trained: bool) -> str:
-    """What a layer's timing depends on: its form, its sparsity to one percent, input shape and thread count."""
+def layer_key(sparse: SparseModule, shape: torch.Size, *, inside: bool, trained: bool, bf16: bool = False) -> str:
+    """What a layer's timing depends on: its form, its sparsity to one percent, input shape and type, thread count."""
     pattern = sparse.pattern
     parts = [
         type(sparse).__name__, list(pattern.shape), list(pattern.stride), list(pattern.padding),
         list(pattern.dilation), pattern.groups, sparse.bias is not None, round(sparse.sparsity, 2), list(shape),
-        inside, trained, torch.get_num_threads(),
+        inside, trained, bf16, torch.get_num_threads(),
     ]  # fmt: skip
     return json.dumps(parts)
 
 
-def step_key(model: nn.Module, sparsities: Mapping[str, float], batch: Any) -> str:
-    """What the timing of a whole model depends on: its structure, what is trained and sparse, the batch's shapes.
+def step_key(model: nn.Module, sparsities: Mapping[str, float], batch: Any, *, bf16: bool = False) -> str:
+    """What the timing of a whole model depends on: its structure, what is trained and sparse, precision, the batch.
 
     Args:
         model: the dense model.
@@ -193,7 +204,7 @@ def step_key(model: nn.Module, sparsities: Mapping[str, float], batch: Any) -> s
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     sparse = {name: round(sparsity, 2) for name, sparsity in sparsities.items()}
-    parts = [repr(model), trained, sparse, _shapes(batch), torch.get_num_threads()]
+    parts = [repr(model), trained, sparse, _shapes(batch), bf16, torch.get_num_threads()]
     return "step " + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -16,7 +16,9 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 import sparse_ft
 from sparse_ft.checkpoint import CheckpointError, complete_folder
 from sparse_ft.hub import timm_models
+from sparse_ft.live import native_layers
 from sparse_ft.masks import mask_state
+from sparse_ft.nn import SparseModule
 
 
 def folders(path: Path) -> list[str]:
@@ -216,14 +218,25 @@ def test_announcements(tmp_path, capsys):
     assert "freed memory" in errors
 
 
-def test_mixed_precision_stays_dense_under_its_masks(tmp_path, capsys):
-    model = pruned(bert())
+@pytest.mark.parametrize("policy", ["auto", "always"])
+@pytest.mark.parametrize("make_model", [bert, resnet])
+def test_mixed_precision(make_model, policy, tmp_path):
+    """Layers are measured and run natively in bfloat16; what is trained and saved is float32."""
+    model = pruned(make_model())
     masks = mask_state(model)
-    trainer = make_trainer(model, tmp_path, log_level="warning", sparse_policy="auto", bf16=True)
+    trainer = make_trainer(model, tmp_path, log_level="warning", sparse_policy=policy, bf16=True)
+    seen = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: seen.add(y.dtype) if isinstance(module, SparseModule) else None
+    )
     trainer.train()
-    assert "mixed precision: the native kernels compute in float32" in capsys.readouterr().err
-    assert trainer.conversion_report is None
-    assert all(not trainer.model.get_parameter(name)[~mask].any() for name, mask in masks.items())
+    hook.remove()
+    assert trainer.conversion_report is not None
+    if policy == "always":
+        assert len(native_layers(trainer.model)) == len(masks) and seen == {torch.bfloat16}
+    state = sparse_ft.to_dense(trainer.model).state_dict()
+    assert all(t.dtype == torch.float32 for t in state.values() if t.is_floating_point())
+    assert all(not state[name][~mask].any() for name, mask in masks.items())
 
 
 def test_arguments_are_checked(tmp_path):
