@@ -26,8 +26,8 @@ class Depthwise {
         : q(product),
           g(product.geometry),
           bypass(!q.value_grad && result_bytes(q) > kBypassBytes),
-          whole(std::is_same_v<T, float> && !q.value_grad && q.plane_count == 1 && g.batch % kLanes != 0 && g.dest_step_y == 1 &&
-                g.dest_step_x == 1 && find_frame(q.planes[0])) {
+          whole(std::is_same_v<T, float> && !q.value_grad && q.plane_count == 1 && g.batch % kLanes != 0 &&
+                g.dest_step_y == 1 && g.dest_step_x == 1 && find_frame(q.planes[0])) {
         for (int64_t i = 0; i < q.plane_count; ++i) stretches.push_back(cut(q.planes[i]));
     }
 

@@ -124,7 +124,8 @@ inline bool worth_generating(const Product& q, int64_t least_vectors) {
     const Geometry& g = q.geometry;
     int64_t lanes = 0;
     for (int64_t i = 0; i < q.plane_count; ++i) lanes += q.planes[i].height * q.planes[i].width * g.batch;
-    return q.programs != nullptr && q.plane_count <= 4 && g.rows_per_group >= 8 && lanes >= least_vectors * kLanes && q.nnz > 0;
+    return q.programs != nullptr && q.plane_count <= 4 && g.rows_per_group >= 8 && lanes >= least_vectors * kLanes &&
+           q.nnz > 0;
 }
 
 }  // namespace SPARSE_FT_ISA
