@@ -106,7 +106,7 @@ inline int64_t product_of(std::initializer_list<int64_t> sizes) {
 }
 
 // A view of (n, c, y, x) in one of the two layouts.
-inline View layout(float* data, int64_t n, int64_t c, int64_t y, int64_t x, bool batch_last) {
+inline View layout(void* data, int64_t n, int64_t c, int64_t y, int64_t x, bool batch_last) {
     return batch_last ? View{data, 1, y * x * n, x * n, n} : View{data, y * x * c, 1, x * c, c};
 }
 
@@ -114,10 +114,41 @@ inline float& at(const View& v, int64_t n, int64_t c, int64_t y, int64_t x) {
     return static_cast<float*>(v.data)[n * v.n + c * v.c + y * v.y + x * v.x];
 }
 
+// The same numbers as activations of either type. Floats are given as they are; bfloat16 in memory of its own, from
+// which finish() brings back what a kernel was given and has written.
+class Stored {
+  public:
+    Stored(const Floats& numbers, Element element, bool guarded = false, bool at_end = true)
+        : numbers_(numbers),
+          element_(element),
+          halves_(element == Element::kFloat ? 0 : numbers.size(), guarded, at_end) {
+        for (int64_t i = 0; i < halves_.size(); ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, &numbers_[i], sizeof bits);
+            halves_[i].bits = uint16_t(bits >> 16);
+        }
+        finish();
+    }
+    void* get() const { return element_ == Element::kFloat ? static_cast<void*>(numbers_.get()) : halves_.get(); }
+    void finish() const {
+        for (int64_t i = 0; i < halves_.size(); ++i) {
+            const uint32_t bits = uint32_t(halves_[i].bits) << 16;
+            std::memcpy(&numbers_[i], &bits, sizeof bits);
+        }
+    }
+
+  private:
+    const Floats& numbers_;
+    Element element_;
+    Buffer<Bf16> halves_;
+};
+
 inline void compare(const float* got, const std::vector<double>& expected, const std::vector<double>& size,
-                    const char* what) {
+                    const char* what, Element element = Element::kFloat) {
+    const double rounding = element == Element::kFloat ? 0 : 1.0 / 256;  // relative to the number itself
     for (size_t i = 0; i < expected.size(); ++i)
-        if (got[i] != expected[i] && !(std::abs(got[i] - expected[i]) <= 1e-4 * (1 + size[i]))) {
+        if (got[i] != expected[i] &&
+            !(std::abs(got[i] - expected[i]) <= 1e-4 * (1 + size[i]) + rounding * std::abs(expected[i]))) {
             std::fprintf(stderr, "fuzz: number %zu is %g, not %g\n", i, double(got[i]), expected[i]);
             fail(what);
         }

@@ -7,10 +7,11 @@ namespace fuzz {
 
 namespace {
 
-void check_norm(const Norm& q) {
+// x, residual, y: what q has, as floats.
+void check_norm(const Norm& q, const float* all_x, const float* all_residual, const float* y) {
     std::vector<double> expected, size;
     for (int64_t c = 0; c < q.channels; ++c) {
-        const float* x = q.x + c * q.size;
+        const float* x = all_x + c * q.size;
         double mean = q.mean[c], variance = q.variance[c];
         if (q.measure) {
             mean = variance = 0;
@@ -19,15 +20,15 @@ void check_norm(const Norm& q) {
         }
         const double scale = (q.weight ? q.weight[c] : 1) / std::sqrt(variance + q.eps);
         for (int64_t i = 0; i < q.size; ++i) {
-            const double residual = q.residual ? q.residual[c * q.size + i] : 0, bias = q.bias ? q.bias[c] : 0;
+            const double residual = q.residual ? all_residual[c * q.size + i] : 0, bias = q.bias ? q.bias[c] : 0;
             expected.push_back(activated(q.activation, (x[i] - mean) * scale + bias + residual));
             size.push_back((std::abs(x[i]) + std::abs(mean)) * std::abs(scale));
         }
     }
-    compare(q.y, expected, size, "a norm differs from plain loops");
+    compare(y, expected, size, "a norm differs from plain loops", q.element);
 }
 
-void check_pool(const Pool& q, bool maximum) {
+void check_pool(const Pool& q, bool maximum, const float* input, const float* output) {
     std::vector<double> expected, size;
     for (int64_t c = 0; c < q.channels; ++c)
         for (int64_t oy = 0; oy < q.y.count; ++oy)
@@ -38,7 +39,7 @@ void check_pool(const Pool& q, bool maximum) {
                         for (int32_t tx = q.x.low[ox]; tx < q.x.high[ox]; ++tx) {
                             const int64_t row = q.y.first[oy] + int64_t(ty) * q.y.step;
                             const int64_t column = q.x.first[ox] + int64_t(tx) * q.x.step;
-                            const double v = q.input[((c * q.y.size + row) * q.x.size + column) * q.batch + n];
+                            const double v = input[((c * q.y.size + row) * q.x.size + column) * q.batch + n];
                             sum += v;
                             terms += std::abs(v);
                             most = std::max(most, v);
@@ -47,7 +48,7 @@ void check_pool(const Pool& q, bool maximum) {
                     expected.push_back(maximum ? most : weight * sum);
                     size.push_back(weight * terms);
                 }
-    compare(q.output, expected, size, "pooling differs from plain loops");
+    compare(output, expected, size, "pooling differs from plain loops", q.element);
 }
 
 }  // namespace
@@ -72,27 +73,32 @@ void fuzz_norm(Bytes& in, const Kernels& kernels) {
     if (is_odd)
         for (const Floats* floats : {&x, &residual, &weight, &mean, &variance, &grad})
             spoil(floats->get(), floats->size(), seed + uint32_t(floats->size()));
-    q.x = x.get();
-    q.residual = given & 1 ? residual.get() : nullptr;
+    q.element = element_of(int(in.small(0, 1)));
+    const Stored stored_x(x, q.element), stored_residual(residual, q.element), stored_y(y, q.element),
+        stored_grad(grad, q.element), stored_grad_x(grad_x, q.element), stored_grad_residual(grad_residual, q.element);
+    q.x = stored_x.get();
+    q.residual = given & 1 ? stored_residual.get() : nullptr;
     q.weight = given & 2 ? weight.get() : nullptr;
     q.bias = given & 2 ? bias.get() : nullptr;
     q.mean = mean.get();
     q.variance = variance.get();
     q.rstd = rstd.get();
     q.measure = given & 4;
-    q.y = given & 8 ? y.get() : nullptr;
+    q.y = given & 8 ? stored_y.get() : nullptr;
     kernels.norm_forward(q);
-    std::snprintf(described, sizeof described, "%s norm: %ld x %ld, activation %d, given %d", kernels.name,
-                  long(q.channels), long(q.size), int(q.activation), given);
-    if (q.y && !is_odd) check_norm(q);
-    q.grad = grad.get();
-    q.output = given & 8 ? y.get() : nullptr;
+    stored_y.finish();
+    std::snprintf(described, sizeof described, "%s norm of type %d: %ld x %ld, activation %d, given %d", kernels.name,
+                  int(q.element), long(q.channels), long(q.size), int(q.activation), given);
+    if (q.y && !is_odd) check_norm(q, x.get(), residual.get(), y.get());
+    q.grad = stored_grad.get();
+    q.output = given & 8 ? stored_y.get() : nullptr;
     q.training = q.measure;
-    q.grad_x = given & 16 ? grad_x.get() : nullptr;
-    q.grad_residual = given & 32 && q.residual ? grad_residual.get() : nullptr;
+    q.grad_x = given & 16 ? stored_grad_x.get() : nullptr;
+    q.grad_residual = given & 32 && q.residual ? stored_grad_residual.get() : nullptr;
     q.grad_weight = given & 64 ? grad_weight.get() : nullptr;
     q.grad_bias = given & 64 ? grad_bias.get() : nullptr;
     kernels.norm_backward(q);
+    stored_grad_x.finish();
     for (int64_t i = 0; i < (is_odd ? 0 : numel); ++i)
         if (std::isnan(grad_x[i])) fail("the gradient of a norm of finite numbers is not a number");
 }
@@ -127,14 +133,26 @@ void fuzz_pool(Bytes& in, const Kernels& kernels) {
     Buffer<uint8_t> chosen(to, false);
     fill(input, in.word());
     fill(grad, 1);
-    Pool q{
-        batch,   channels, y->windows,         x->windows, input.get(), output.get(), maximum ? chosen.get() : nullptr,
-        nullptr, nullptr,  int(in.small(1, 3))};
+    const Element element = element_of(int(in.small(0, 1)));
+    const Stored stored_input(input, element), stored_output(output, element), stored_grad(grad, element),
+        stored_grad_input(grad_input, element);
+    Pool q{batch,
+           channels,
+           element,
+           y->windows,
+           x->windows,
+           stored_input.get(),
+           stored_output.get(),
+           maximum ? chosen.get() : nullptr,
+           nullptr,
+           nullptr,
+           int(in.small(1, 3))};
     kernels.pool_forward(q);
-    check_pool(q, maximum);
+    stored_output.finish();
+    check_pool(q, maximum, input.get(), output.get());
     for (int64_t i = 0; i < to && in.size > 0; ++i) chosen[i] = in.byte();  // a saved tensor that was written to
-    q.grad = grad.get();
-    q.grad_input = grad_input.get();
+    q.grad = stored_grad.get();
+    q.grad_input = stored_grad_input.get();
     kernels.pool_backward(q);
 }
 
@@ -156,9 +174,12 @@ void fuzz_transpose(Bytes& in, const Kernels& kernels, bool guarded) {
     Floats from(product_of({q.batch_outer, q.batch_inner, q.rows, q.from_row}), guarded, at_end),
         to(product_of({q.batch_outer, q.batch_inner, q.cols, q.to_col}), guarded, at_end);
     fill(from, in.word());
-    q.from = from.get();
-    q.to = to.get();
+    q.element = element_of(int(in.small(0, 1)));
+    const Stored stored_from(from, q.element, guarded, at_end), stored_to(to, q.element, guarded, at_end);
+    q.from = stored_from.get();
+    q.to = stored_to.get();
     kernels.transpose(q);
+    stored_to.finish();
     for (int64_t b = 0; b < q.batch_outer * q.batch_inner; ++b)
         for (int64_t i = 0; i < q.rows; ++i)
             for (int64_t k = 0; k < q.cols; ++k)

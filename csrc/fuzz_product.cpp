@@ -79,6 +79,7 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
     const SourceNorm norm{mean.get(), scale.get(), offset.get(), Activation(with_norm % 7)};
 
     const int which = int(in.small(0, 2));
+    const Element element = element_of(int(in.small(0, 1)));
     bool spoilt = false;
     std::vector<int32_t> t_before(t_col.get(), t_col.get() + nnz);
     for (int64_t i = in.byte() % 4 == 0 ? in.small(1, 3) : 0; i > 0; --i) {
@@ -90,14 +91,14 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
         spoilt |= value != entry;
         entry = value;
     }
-    std::snprintf(
-        described, sizeof described,
-        "%s product %d: weight %ld %ld %ld %ld, groups %ld, stride %ld %ld, padding %ld %ld, dilation %ld %ld, "
-        "input %ld %ld %ld, output %ld %ld, batch-last %d, nnz %ld, threads %d, norm %d",
-        kernels.name, which, long(c.weight[0]), long(c.weight[1]), long(c.weight[2]), long(c.weight[3]),
-        long(c.groups), long(c.stride[0]), long(c.stride[1]), long(c.padding[0]), long(c.padding[1]),
-        long(c.dilation[0]), long(c.dilation[1]), long(n), long(height), long(width), long(out[0]), long(out[1]),
-        batch_last, long(nnz), threads, with_norm);
+    std::snprintf(described, sizeof described,
+                  "%s product %d of type %d: weight %ld %ld %ld %ld, groups %ld, stride %ld %ld, padding %ld %ld, "
+                  "dilation %ld %ld, "
+                  "input %ld %ld %ld, output %ld %ld, batch-last %d, nnz %ld, threads %d, norm %d",
+                  kernels.name, which, int(element), long(c.weight[0]), long(c.weight[1]), long(c.weight[2]),
+                  long(c.weight[3]), long(c.groups), long(c.stride[0]), long(c.stride[1]), long(c.padding[0]),
+                  long(c.padding[1]), long(c.dilation[0]), long(c.dilation[1]), long(n), long(height), long(width),
+                  long(out[0]), long(out[1]), batch_last, long(nnz), threads, with_norm);
     const bool well_formed = validate_rows(row_ptr.get(), rows, col.get(), nnz, cols) == nullptr;
     Programs programs;
     const int repeats = guarded ? 2 : 1;  // the second time, a generated program is found
@@ -108,20 +109,26 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
             ForwardProduct f(c, {n, channels, height, width}, vx, out, row_ptr.get(), col.get(), nnz, &programs,
                              threads);
             fill(x, seed + 2);
+            fill(y, seed + 3);
+            const Stored stored_x(x, element, guarded, at_end), stored_y(y, element, guarded, at_end);
+            f.product.element = element;
+            f.product.source.data = stored_x.get();
             f.product.values = values.get();
             f.product.norm = with_norm > 127 ? &norm : nullptr;
             const bool with_bias = seed % 2;
             if (which == 0) {
                 f.product.bias = with_bias ? bias.get() : nullptr;
                 f.product.dest = vy;
+                f.product.dest.data = stored_y.get();
                 problem = kernels.gather_product(f.product);
             } else {
-                fill(y, seed + 3);
                 f.product.grad = vy;
+                f.product.grad.data = stored_y.get();
                 f.product.value_grad = value_grad.get();
                 problem = kernels.sampled_product(f.product);
             }
             if ((problem == nullptr) != well_formed) fail("a product judges a pattern other than validate_rows");
+            stored_y.finish();
             if (problem != nullptr || (f.product.norm && is_odd)) continue;
             expected.assign(size_t(which ? nnz : y.size()), 0);
             size.assign(expected.size(), 0);
@@ -141,17 +148,25 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
                                 if (f.product.norm)
                                     s = activated(norm.activation,
                                                   (s - mean[channel]) * scale[channel] + offset[channel]);
+                                // What goes into a product through a norm is rounded as if it had been stored.
+                                const double rounding = f.product.norm && element != Element::kFloat ? 40 : 0;
                                 const double term = s * (which ? at(vy, b, r, oy, ox) : values[j]);
                                 expected[which ? size_t(j) : place] += term;
-                                size[which ? size_t(j) : place] += std::abs(term);
+                                size[which ? size_t(j) : place] += (1 + rounding) * std::abs(term);
                             }
                         }
-            compare(which ? value_grad.get() : y.get(), expected, size, "a product differs from plain loops");
+            compare(which ? value_grad.get() : y.get(), expected, size, "a product differs from plain loops",
+                    which ? Element::kFloat : element);
         } else {
             InputGradProduct g(c, {n, channels, height, width}, vy, out, vx, t_row_ptr.get(), t_col.get(), perm.get(),
                                values.get(), nnz, &programs, threads);
             fill(y, seed + 3);
+            const Stored stored_x(x, element, guarded, at_end), stored_y(y, element, guarded, at_end);
+            g.product.element = element;
+            g.product.source.data = stored_y.get();
+            g.product.dest.data = stored_x.get();
             problem = kernels.gather_product(g.product);
+            stored_x.finish();
             if (problem != nullptr && !spoilt) fail("an input gradient refuses a well-formed pattern");
             if (problem != nullptr || spoilt) continue;
             expected.assign(size_t(x.size()), 0);
@@ -172,7 +187,7 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
                                 size[place] += std::abs(term);
                             }
                 }
-            compare(x.get(), expected, size, "a product differs from plain loops");
+            compare(x.get(), expected, size, "a product differs from plain loops", element);
         }
     }
 }

@@ -3,6 +3,7 @@
 #include <functional>
 
 #include "block.h"
+#include "convolution.h"
 #include "fuzz.h"
 #include "positions.h"
 
@@ -193,9 +194,10 @@ void fuzz_positions(Bytes& in) {
 }
 
 void fuzz_block(Bytes& in) {
+    const Element element = element_of(int(in.small(0, 1)));
     std::vector<int64_t> shape;
     bool refused = false;
-    unsigned __int128 bytes = 4;
+    unsigned __int128 bytes = uint64_t(element_bytes(element));
     for (int64_t i = in.small(0, 6); i > 0; --i) {
         shape.push_back(in.number(0, 12));
         refused |= shape.back() < 0;
@@ -206,7 +208,7 @@ void fuzz_block(Bytes& in) {
     if (!refused && bytes > UINT64_MAX - 64) refused = true;
     if (!refused && bytes > 4 * kMostFloats) throw TooLarge();  // the system's answer, not ours
     const std::vector<int64_t> strides(shape.size(), 1);
-    DLManagedTensor* block = make_block(shape, strides);
+    DLManagedTensor* block = make_block(element, shape, strides);
     if ((block == nullptr) != refused) fail("a block of impossible size is given, or a possible one is not");
     if (block == nullptr) return;
     if (reinterpret_cast<uintptr_t>(block->tensor.data) % 64 != 0) fail("a block lies across cache lines");
