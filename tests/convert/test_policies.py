@@ -52,12 +52,12 @@ def timings(monkeypatch):
         def whole_ms(self, layers: list[SparseModule]) -> float:
             return 50.0
 
-        def layer(self, layer, shape, *, inside, trained):
+        def layer(self, layer, shape, *, inside, trained, bf16=False):
             self.calls.append((type(layer).__name__, inside))
             self.trained = trained
             return tune.Timing(1.0, self.sparse_ms, self.spread)
 
-        def whole(self, dense, sparse, batch):
+        def whole(self, dense, sparse, batch, *, bf16=False):
             layers = [module for module in sparse.modules() if isinstance(module, SparseModule)]
             assert not any(isinstance(module, SparseModule) for module in dense.modules())
             self.whole_calls.append([type(layer).__name__ for layer in layers])

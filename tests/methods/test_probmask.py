@@ -131,3 +131,19 @@ def test_errors():
     with pytest.raises(RecipeError, match="again=f"):
         session.loss(F.cross_entropy(model(images), labels), None, images)
     assert training_loss(session, model, images, labels).requires_grad
+
+
+def test_hard_masks_are_no_denormal_numbers():
+    model, optimizer, session = make(recipe(end_epoch=4))
+    modifier = session._modifiers[0]
+    train(model, optimizer, session, 1)
+    smallest = []
+    for value in modifier._learned.values.values():
+        with torch.no_grad():
+            value.uniform_(0, 1)
+    for temperature in (0.15, 0.1, 0.07, 0.03):
+        random = torch.Generator().manual_seed(0)
+        for name, target in session._modifiers[0].targets.items():
+            masked = (target.parameter * modifier._soft_mask(name, random, temperature)).detach().abs()
+            smallest.append(masked[masked > 0].min())
+    assert min(smallest) > torch.finfo(torch.float32).tiny

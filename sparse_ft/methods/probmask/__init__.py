@@ -16,6 +16,8 @@ from ..targets import ALL_PRUNABLE, TARGETS
 from ..training import Training
 
 _EDGE = 1e-6  # probabilities this near to 0 or 1 have no gradient
+# Of a mask's logit: smaller masks would be denormal numbers, with which a convolution took 50 times as long.
+_LOWEST = -60.0
 
 
 @register("ProbMaskModifier")
@@ -109,7 +111,7 @@ class ProbMask(MaskedTargets, Bounded):
         s = self._learned.values[name].requires_grad_()
         s = s.clamp(_EDGE, 1 - _EDGE)
         noise = torch.empty_like(s).uniform_(_EDGE, 1 - _EDGE, generator=random).logit_()
-        return torch.sigmoid((s.logit() + noise) / temperature)
+        return torch.sigmoid(((s.logit() + noise) / temperature).clamp(min=_LOWEST))
 
     # Steps
 
