@@ -260,8 +260,8 @@ def plan_conv2d(shape, out_shape, conv, nnz: int, most_threads: int) -> ConvPlan
 def run_conv2d(plan: ConvPlan, x, values, bias, pattern, programs, out: Tensor, norm=None, result=None) -> None:
     _native.forward(
         plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, out.data_ptr(),
-        plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), plan.nnz, programs,
-        plan.threads, _norm_arguments(norm), _result_arguments(result),
+        plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), plan.nnz,
+        programs, plan.threads, _norm_arguments(norm), _result_arguments(result),
     )  # fmt: skip
 
 

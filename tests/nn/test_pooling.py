@@ -61,7 +61,7 @@ def test_max(isa, shape, kernel, stride, dilation, ceil, data, integers, threads
     torch.set_num_threads(threads)
     padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
     assume(all(s + 2 * p >= (k - 1) * d + 1 for s, p, k, d in zip(shape[2:], padding, kernel, dilation, strict=True)))
-    # torch 2.14 writes out of bounds in the backward pass of a window that lies in the padding alone, around the input.
+    # torch 2.14 writes out of bounds in the backward pass of a window whose taps all lie in the padding.
     assume(dilation == (1, 1) or padding == (0, 0))
     x = torch.randn(shape)
     if integers:  # many equal ones: the first of a window has the gradient
