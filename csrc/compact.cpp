@@ -4,7 +4,7 @@
 #include <cstring>
 #include <omp.h>
 
-#include "api.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace sparse_ft {

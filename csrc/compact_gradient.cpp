@@ -9,6 +9,7 @@
 #include <omp.h>
 #include <vector>
 
+#include "kernels.h"
 #include "panel.h"
 #include "transpose.h"
 

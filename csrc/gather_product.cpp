@@ -7,9 +7,11 @@
 #include <omp.h>
 #include <utility>
 
-#include "depthwise.h"
 #include "empty_planes.h"
+#include "kernels.h"
+#include "panel.h"
 #include "result.h"
+#include "transpose.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {

@@ -1,6 +1,7 @@
 // What the two generated products share: tiles, packing, and when they pay.
 #pragma once
 #include "panel.h"
+#include "transpose.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {

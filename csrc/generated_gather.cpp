@@ -12,6 +12,7 @@
 #include "empty_planes.h"
 #include "executable.h"
 #include "generated.h"
+#include "kernels.h"
 #include "programs.h"
 #include "result.h"
 

@@ -10,6 +10,7 @@
 #include "assembler.h"
 #include "executable.h"
 #include "generated.h"
+#include "kernels.h"
 #include "programs.h"
 
 namespace sparse_ft {

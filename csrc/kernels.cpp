@@ -1,18 +1,8 @@
-// One instruction set's kernels, in one translation unit: built once per set with that set's flags.
-// Everything in it has a namespace of its own, so no two sets share an inline function.
-#include "compact.cpp"
-#include "compact_gradient.cpp"
-#include "gather_product.cpp"
-#include "layout.cpp"
-#include "norm.cpp"
-#include "pool.cpp"
-#include "roofs.cpp"
-#include "rows_above.cpp"
-#include "sampled_product.cpp"
-#if defined(__AVX512F__)
-#include "generated_gather.cpp"
-#include "generated_sampled.cpp"
-#endif
+// One instruction set's kernels as a table. Their files are built once per set with that set's flags, and
+// everything in them has a namespace of its own, so no two sets share an inline function.
+#include "kernels.h"
+
+#include "simd.h"
 
 #define SPARSE_FT_JOIN_(a, b) a##b
 #define SPARSE_FT_JOIN(a, b) SPARSE_FT_JOIN_(a, b)

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "bypass.h"
+#include "kernels.h"
 #include "panel.h"
 #include "transpose.h"
 

@@ -9,10 +9,10 @@
 #include <type_traits>
 
 #include "activation.h"
-#include "api.h"
 #include "bypass.h"
 #include "each_vector.h"
 #include "element.h"
+#include "kernels.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {

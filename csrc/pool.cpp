@@ -4,10 +4,10 @@
 #include <omp.h>
 #include <vector>
 
-#include "api.h"
 #include "bypass.h"
 #include "each_vector.h"
 #include "element.h"
+#include "kernels.h"
 #include "panel.h"
 
 namespace sparse_ft {

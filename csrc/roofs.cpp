@@ -2,7 +2,7 @@
 #include <chrono>
 #include <vector>
 
-#include "api.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace sparse_ft {

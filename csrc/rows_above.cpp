@@ -4,7 +4,7 @@
 #include <omp.h>
 #include <vector>
 
-#include "api.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace sparse_ft {

@@ -6,8 +6,10 @@
 #include <atomic>
 #include <omp.h>
 
-#include "depthwise.h"
+#include "kernels.h"
+#include "panel.h"
 #include "row_sums.h"
+#include "transpose.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {

@@ -182,12 +182,13 @@ def to_layout(x: Tensor, layout: int) -> Tensor:
     out = empty(x.shape, layout, x)
     have = layout_of(x)
     n, c, h, w = x.shape
+    other = layout if have == BATCH_LAST else have
     dense = have != CONTIGUOUS or x.is_contiguous()
-    if native_reason(x) or not dense or (have == BATCH_LAST) == (layout == BATCH_LAST) or x.numel() == 0:
+    transposed = (have == BATCH_LAST) != (layout == BATCH_LAST) and not (n == 1 and other == CONTIGUOUS)
+    if native_reason(x) or not dense or not transposed or x.numel() == 0:
         return out.copy_(x)
     threads, plane = _threads(2 * x.numel()), h * w
-    other = layout if have == BATCH_LAST else have
-    if n == 1:  # (hw, c) <-> (c, hw): what is batch-last is contiguous as well
+    if n == 1:  # (hw, c) <-> (c, hw): a single sample is batch-last where it is contiguous
         rows, cols = (plane, c) if layout == BATCH_LAST else (c, plane)
         batch, from_stride, to_stride = (1, 1), (0, 0, cols), (0, 0, rows)
     elif other == CONTIGUOUS:  # (n, chw) <-> (chw, n)

@@ -1,11 +1,11 @@
 // Both products of depthwise convolutions in batch-last layout, where a channel is one contiguous block: no packing.
 // A row of positions reads a few rows of its own channel, which stay in the first-level cache, so that the
 // products run at the speed of memory.
-#pragma once
 #include <atomic>
 #include <omp.h>
 
 #include "bypass.h"
+#include "kernels.h"
 #include "panel.h"
 #include "result.h"
 #include "window.h"
@@ -13,11 +13,7 @@
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 
-inline bool is_depthwise(const Product& q) {
-    const Geometry& g = q.geometry;
-    return g.rows_per_group == 1 && g.channels_per_group == 1 && g.groups > 1 && q.source.n == 1 && !q.norm &&
-           (q.value_grad ? q.grad.n : q.dest.n) == 1;
-}
+namespace {
 
 template <class T>
 class Depthwise {
@@ -438,7 +434,15 @@ class Depthwise {
     }
 };
 
-inline const char* run_depthwise(const Product& product) {
+}  // namespace
+
+bool is_depthwise(const Product& q) {
+    const Geometry& g = q.geometry;
+    return g.rows_per_group == 1 && g.channels_per_group == 1 && g.groups > 1 && q.source.n == 1 && !q.norm &&
+           (q.value_grad ? q.grad.n : q.dest.n) == 1;
+}
+
+const char* run_depthwise(const Product& product) {
     return with_element(product.element, [&](auto element) { return Depthwise<decltype(element)>(product).run(); });
 }
 
