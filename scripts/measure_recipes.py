@@ -178,7 +178,7 @@ STUDIES = {
         load_cifar, 24, 64, (torch.optim.SGD, {"lr": 0.03, **MOMENTUM}),
         {
             "GMP": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"]}),
-            "GMP unclipped": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"], "lr": 0.015, "ramp": 0.25}),
+            "GMP unclipped": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"], "lr": 0.02, "ramp": 0.3}),
             "dense": ("", {}),
         },
         training={"GMP unclipped": {"max_grad_norm": 0.0}},
