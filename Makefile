@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.installed  ## fine-tune the bundled sparse ResNet-20 on handwritten digits
 	$(BIN)/sparse-ft finetune --model resnet20-cifar10 --dataset digits --batch-size 64 --epochs 6 --output-dir out/quickstart --overwrite
 
-test: $(VENV)/.installed  ## every fast test
-	$(BIN)/pytest -m "not slow"
+# Threads that wait for work must not take the core of a test in another process.
+test: $(VENV)/.installed  ## every fast test, on up to four cores
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 -m "not slow"
 
 test-slow: $(VENV)/.slow fuzz  ## the rest: minutes each
 	$(BIN)/pytest -m slow

@@ -80,6 +80,14 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
 
     const int which = int(in.small(0, 2));
     const Element element = element_of(int(in.small(0, 1)));
+    // What a float result goes through as it is stored.
+    const uint8_t with_result = batch_last && element == Element::kFloat ? in.byte() : 0;
+    Floats result_mean(rows, guarded), result_scale(rows, guarded), result_offset(rows, guarded),
+        residual(with_result % 2 ? y.size() : 0, guarded, at_end), row_sums(rows, guarded);
+    fill(result_mean, seed + 7), fill(result_scale, seed + 8), fill(result_offset, seed + 9),
+        fill(residual, seed + 10);
+    const ResultNorm result{result_mean.get(), result_scale.get(), result_offset.get(),
+                            with_result % 2 ? residual.get() : nullptr, Activation(with_result / 2 % 7)};
     bool spoilt = false;
     std::vector<int32_t> t_before(t_col.get(), t_col.get() + nnz);
     for (int64_t i = in.byte() % 4 == 0 ? in.small(1, 3) : 0; i > 0; --i) {
@@ -94,11 +102,11 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
     std::snprintf(described, sizeof described,
                   "%s product %d of type %d: weight %ld %ld %ld %ld, groups %ld, stride %ld %ld, padding %ld %ld, "
                   "dilation %ld %ld, "
-                  "input %ld %ld %ld, output %ld %ld, batch-last %d, nnz %ld, threads %d, norm %d",
+                  "input %ld %ld %ld, output %ld %ld, batch-last %d, nnz %ld, threads %d, norm %d, result %d",
                   kernels.name, which, int(element), long(c.weight[0]), long(c.weight[1]), long(c.weight[2]),
                   long(c.weight[3]), long(c.groups), long(c.stride[0]), long(c.stride[1]), long(c.padding[0]),
                   long(c.padding[1]), long(c.dilation[0]), long(c.dilation[1]), long(n), long(height), long(width),
-                  long(out[0]), long(out[1]), batch_last, long(nnz), threads, with_norm);
+                  long(out[0]), long(out[1]), batch_last, long(nnz), threads, with_norm, with_result);
     const bool well_formed = validate_rows(row_ptr.get(), rows, col.get(), nnz, cols) == nullptr;
     Programs programs;
     const int repeats = guarded ? 2 : 1;  // the second time, a generated program is found
@@ -118,6 +126,7 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
             const bool with_bias = seed % 2;
             if (which == 0) {
                 f.product.bias = with_bias ? bias.get() : nullptr;
+                f.product.result = with_result > 127 ? &result : nullptr;
                 f.product.dest = vy;
                 f.product.dest.data = stored_y.get();
                 problem = kernels.gather_product(f.product);
@@ -125,6 +134,7 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
                 f.product.grad = vy;
                 f.product.grad.data = stored_y.get();
                 f.product.value_grad = value_grad.get();
+                f.product.row_sums = with_bias ? row_sums.get() : nullptr;
                 problem = kernels.sampled_product(f.product);
             }
             if ((problem == nullptr) != well_formed) fail("a product judges a pattern other than validate_rows");
@@ -155,8 +165,31 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
                                 size[which ? size_t(j) : place] += (1 + rounding) * std::abs(term);
                             }
                         }
+            if (f.product.result != nullptr)
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t b = 0; b < n; ++b)
+                        for (int64_t oy = 0; oy < out[0]; ++oy)
+                            for (int64_t ox = 0; ox < out[1]; ++ox) {
+                                const size_t place = size_t(&at(vy, b, r, oy, ox) - y.get());
+                                const double added = result.residual ? residual[int64_t(place)] : 0;
+                                expected[place] =
+                                    activated(result.activation, (expected[place] - result_mean[r]) * result_scale[r] +
+                                                                     result_offset[r] + added);
+                                size[place] = 4 * (1 + size[place]);  // scales are 2 at most, slopes too
+                            }
             compare(which ? value_grad.get() : y.get(), expected, size, "a product differs from plain loops",
                     which ? Element::kFloat : element);
+            if (f.product.row_sums == nullptr) continue;
+            expected.assign(size_t(rows), 0);
+            size.assign(size_t(rows), 0);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t b = 0; b < n; ++b)
+                    for (int64_t oy = 0; oy < out[0]; ++oy)
+                        for (int64_t ox = 0; ox < out[1]; ++ox) {
+                            expected[size_t(r)] += at(vy, b, r, oy, ox);
+                            size[size_t(r)] += std::abs(at(vy, b, r, oy, ox));
+                        }
+            compare(row_sums.get(), expected, size, "sums of rows differ from plain loops");
         } else {
             InputGradProduct g(c, {n, channels, height, width}, vy, out, vx, t_row_ptr.get(), t_col.get(), perm.get(),
                                values.get(), nnz, &programs, threads);

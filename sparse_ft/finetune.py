@@ -260,7 +260,9 @@ def finetune(
     if args.push_to_hub:
         trainer.push_to_hub()
     result.files = sorted(
-        path.name for path in Path(result.output_dir).iterdir() if path.is_file() and not path.name.startswith("_")
+        path.name + "/" * path.is_dir()
+        for path in Path(result.output_dir).iterdir()
+        if not path.name.startswith(("_", "checkpoint-"))
     )
     return result
 
