@@ -3,6 +3,7 @@
 // Eight nonzeros of a row share each loaded vector of G; their eight accumulators stay in registers
 // over all lanes and rows of a tile and are closed by one shuffle tree. Each thread sums its own
 // tiles; the partial sums are added in thread order, so the result depends on the thread count alone.
+#include <algorithm>
 #include <atomic>
 #include <omp.h>
 
@@ -122,8 +123,7 @@ class SampledProduct {
     void sum_tiles(int64_t tile_group, int64_t row_group) {
         const int64_t first = row_cut(row_group), last = row_cut(row_group + 1);
         float* sums = partial + tile_group * (tile_groups > 1 ? q.nnz : 0);
-        if (p.row_ptr[first] < p.row_ptr[last])
-            std::memset(sums + p.row_ptr[first], 0, size_t(p.row_ptr[last] - p.row_ptr[first]) * sizeof(float));
+        std::fill(sums + p.row_ptr[first], sums + p.row_ptr[last], 0.0f);
         const int64_t tiles = t.tiles();
         for (int64_t i = tiles * tile_group / tile_groups; i < tiles * (tile_group + 1) / tile_groups; ++i)
             sum_tile(Tile(t, g, p, i), first, last, sums);
