@@ -86,7 +86,7 @@ void compact_expand(const Compact& a, const View& x, int threads) {
         const int64_t channel = i / a.blocks, block = i % a.blocks;
         const float* from = a.values + a.start[block * a.channels + channel];
         each_column(a, x, block, channel, [&](float* to, int64_t lanes, int64_t at) {
-            std::memset(to, 0, size_t(lanes) * sizeof(float));
+            std::fill(to, to + lanes, 0.0f);
             for (unsigned left = a.bits[at]; left; left &= left - 1) to[__builtin_ctz(left)] = *from++;
         });
     }

@@ -1,5 +1,6 @@
 // Pooling in batch-last layout: lanes are samples. Forward takes the maximum or the weighted sum over each window;
 // backward fills the input's gradient row by row, each from the windows that reach it, while it is in cache.
+#include <algorithm>
 #include <limits>
 #include <omp.h>
 #include <vector>
@@ -98,7 +99,7 @@ void backward(const Pool& q) {
             row = place;
         else
             row = scratch.floats(size_t(x.size * n));
-        std::memset(row, 0, size_t(x.size * n) * sizeof(float));
+        std::fill(row, row + x.size * n, 0.0f);  // perhaps nothing, at null
         for (size_t a = size_t(rows.start[y]); a < size_t(rows.start[y + 1]); ++a) {
             const int64_t oy = rows.window[a], from = (channel + oy) * x.count * n;
             const int32_t taps = rows.tap[a] * x.taps;

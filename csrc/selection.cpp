@@ -98,7 +98,7 @@ float nth_magnitude(const float* x, int64_t count, int64_t n, int threads) {
 
 void mask_largest(const float* x, int64_t count, int64_t keep, uint8_t* mask, int threads) {
     if (keep <= 0 || keep >= count) {
-        std::memset(mask, keep > 0, size_t(count));
+        std::fill(mask, mask + count, uint8_t(keep > 0));
         return;
     }
     const float threshold = nth_magnitude(x, count, keep - 1, threads);

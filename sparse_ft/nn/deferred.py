@@ -34,6 +34,8 @@ def _version(tensor: Tensor) -> int | None:
 
 
 _FEWEST_SAMPLES = 16  # a convolution that reads fewer at a time computes value by value what a norm does by vectors
+# A smaller activation stays in the caches, where writing and reading it costs less than computing it twice.
+FEWEST_VALUES = 1 << 21
 
 
 class Patience:
@@ -50,7 +52,8 @@ class Patience:
         """Whether the activated norm of `x` is to wait."""
         # Who keeps what is saved for backward by other means (a checkpoint) counts on the same steps in a repetition.
         saved_plainly = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        return not self.lost and saved_plainly and x.shape[0] >= _FEWEST_SAMPLES
+        worthwhile = x.shape[0] >= _FEWEST_SAMPLES and x.numel() >= FEWEST_VALUES
+        return not self.lost and saved_plainly and worthwhile
 
     def lose(self) -> None:
         self.lost = True

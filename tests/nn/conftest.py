@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparse_ft.nn import norm
+from sparse_ft.nn import deferred
 
 
 @pytest.fixture(autouse=True)
@@ -10,6 +10,6 @@ def fixed_seed():
 
 
 @pytest.fixture(autouse=True)
-def small_norms_wait(monkeypatch):
+def small_activations_wait(monkeypatch):
     """As large ones do: tests are small."""
-    monkeypatch.setattr(norm, "FEWEST_TO_WAIT", 0)
+    monkeypatch.setattr(deferred, "FEWEST_VALUES", 0)

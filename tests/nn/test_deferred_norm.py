@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_ft.nn import follow_layout
-from sparse_ft.nn import norm as norm_module
 from sparse_ft.nn.deferred import Deferred
 from sparse_ft.ops import BATCH_LAST, is_batch_last
 
@@ -382,14 +381,6 @@ def test_gradient_of_the_output_itself():
     (a,) = torch.autograd.grad(F.relu(norm(two)).sum(), norm.bias)
     (b,) = torch.autograd.grad(F.relu(stock(one)).sum(), stock.bias)
     torch.testing.assert_close(a, b)
-
-
-def test_a_small_output_does_not_wait(monkeypatch):
-    _, norm = pair()
-    x = batch_last(torch.randn(SHAPE))
-    assert type(norm(x)) is Deferred
-    monkeypatch.setattr(norm_module, "FEWEST_TO_WAIT", x.numel() + 1)
-    assert type(norm(x)) is torch.Tensor
 
 
 def test_traced():

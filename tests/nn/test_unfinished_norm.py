@@ -132,6 +132,17 @@ def test_few_samples_are_computed_at_once(taken):
     assert len(taken) == 2
 
 
+def test_a_small_activation_is_computed_at_once(taken, monkeypatch):
+    model = Chain(F.relu)
+    sparse_ft.convert(model, policy="always", min_sparsity=0.0)
+    monkeypatch.setattr(deferred, "FEWEST_VALUES", 17 * 8 * 7 * 9 + 1)
+    train(model, steps=2)
+    assert not taken
+    monkeypatch.setattr(deferred, "FEWEST_VALUES", 17 * 8 * 7 * 9)
+    train(model, steps=2)
+    assert len(taken) == 2
+
+
 @pytest.mark.parametrize("name", ["silu", "gelu"])
 def test_a_costly_activation_is_computed_once(taken, name):
     compare(Chain(getattr(F, name)))
