@@ -251,7 +251,7 @@ class CompactGradientSum {
         const int64_t row_first = all_row_blocks() * row_team / row_teams;
         const int64_t row_end = all_row_blocks() * (row_team + 1) / row_teams;
         const int64_t row_size = q.shape.in_per_group * taps * width;
-        std::fill(sums + row_first * row_size, sums + row_end * row_size, 0.0f);  // perhaps nothing, at null
+        std::fill(sums + row_first * row_size, sums + row_end * row_size, 0.0f);
         const int64_t first = a.blocks * block_team / block_teams, end = a.blocks * (block_team + 1) / block_teams;
         float* tiles = tile_scratch.floats(size_t(kPackedBlocks * tile_size()));
         for (int64_t from = first; from < end;) {

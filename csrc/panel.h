@@ -25,10 +25,10 @@ class Scratch {
 
   private:
     void* bytes(size_t size) {
-        if (size > size_) {
+        if (size > size_ || data_ == nullptr) {
             std::free(data_.release());
             size_ = 0;
-            const size_t rounded = (size + size / 4 + 4095) / 4096 * 4096;
+            const size_t rounded = (size + size / 4 + 4096) / 4096 * 4096;  // a page at least: never null
             void* p = std::aligned_alloc(4096, rounded);
             if (p == nullptr) throw std::bad_alloc();
             data_.reset(p);

@@ -99,7 +99,7 @@ void backward(const Pool& q) {
             row = place;
         else
             row = scratch.floats(size_t(x.size * n));
-        std::fill(row, row + x.size * n, 0.0f);  // perhaps nothing, at null
+        std::fill(row, row + x.size * n, 0.0f);
         for (size_t a = size_t(rows.start[y]); a < size_t(rows.start[y + 1]); ++a) {
             const int64_t oy = rows.window[a], from = (channel + oy) * x.count * n;
             const int32_t taps = rows.tap[a] * x.taps;
