@@ -1,7 +1,6 @@
 // Keeping the largest values of an activation: a bit for each place, and the values that were kept, in order.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <omp.h>
 
 #include "kernels.h"
