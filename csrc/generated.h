@@ -37,9 +37,9 @@ inline TileLimits generated_limits(const Product& q) {
         positions = std::max(positions, q.planes[i].height * q.planes[i].width);
     if (positions <= 1) {
         const int64_t vectors = even_vectors(q, std::clamp<int64_t>(kGeneratedPanel / vector_bytes, 4, kRunVectors));
-        return {vectors * kLanes, vectors * kLanes, 1, kGeneratedPanel};
+        return {vectors * kLanes, vectors * kLanes, 1, kGeneratedPanel, false, 0, true};
     }
-    return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, kGeneratedPanel, true};
+    return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, kGeneratedPanel, true, 0, true};
 }
 
 inline void pack(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel) {
@@ -85,7 +85,8 @@ class SortedNonzeros {
         auto each = [&](auto body) {
             for (int64_t r = row; r < end; ++r) {
                 const int32_t* bounds = segment.data() + r * (t.blocks + 1) + block;
-                for (int32_t j = bounds[0]; j < bounds[1]; ++j) body(r, j);
+                for (int32_t j = bounds[0]; j < bounds[1]; ++j)
+                    if (offsets[size_t(j)] >= 0) body(r, j);
             }
         };
         each([&](int64_t, int32_t j) { ++place[size_t(q.col[j] - base) + 1]; });
@@ -112,7 +113,7 @@ struct TileCost {
     TileCost(const Tiling& t, const Geometry& g, int64_t nnz)
         : pack(0.5 * double(t.group_stride > 0 ? t.panel_floats() * t.blocks * t.chunks
                                                : g.groups * g.channels_per_group * t.channel_stride)),
-          compute(1.6 * double(nnz) * double(t.rows * t.cols * t.lanes) / kLanes) {}
+          compute(1.6 * double(nnz) * t.y.share() * t.x.share() * double(t.rows * t.cols * t.lanes) / kLanes) {}
     // Of `tiles` tiles in `parts` parts each, which pack the tile anew, spread over some threads.
     double all(int64_t tiles, int64_t parts, int64_t threads) const {
         return double((tiles * parts + threads - 1) / threads) * (pack + compute / double(parts));

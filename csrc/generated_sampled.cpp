@@ -22,6 +22,7 @@ constexpr int64_t kBlockVectors = 9;  // of lanes: with 48 rows 27 KB of G, and 
 constexpr int32_t kBlockLines = kBlockRows / kLanes;
 constexpr int64_t kGroup = 28;       // accumulators; the other four registers hold source vectors
 constexpr int64_t kGroupSlots = 32;  // floats that a group's sums take: two vectors
+constexpr int32_t kNoSlot = -1;      // of a nonzero that reads nothing but padding: its gradient is zero
 
 // next: the part of G that is staged after this one, sample by sample `next_step` bytes apart. If its layout is
 // channels-last, some of it is fetched with every group, rather than all at once, for which the core would wait.
@@ -50,7 +51,7 @@ class SampledCompiler {
         const int64_t rows = g.groups * g.rows_per_group;
         if ((*problem = nonzeros.prepare())) return nullptr;
         emit_sums();
-        program->slot.resize(size_t(q.nnz));
+        program->slot.assign(size_t(q.nnz), kNoSlot);
         for_each_panel(t, g, 0, rows, [&](int64_t row0, int64_t row1, int64_t block, int64_t, int64_t) {
             for (int64_t row = row0; row < row1;) {
                 const int64_t group_end = (row / g.rows_per_group + 1) * g.rows_per_group;
@@ -214,8 +215,9 @@ class GeneratedSampled {
                 sum_tiles(part / row_parts, part % row_parts, panel_scratch, stage_scratch);
 #pragma omp for schedule(static)
             for (int64_t j = 0; j < q.nnz; ++j) {
+                const int32_t slot = program->slot[size_t(j)];
                 float total = 0;
-                for (int64_t i = 0; i < tile_parts; ++i) total += sums[i * part_floats() + program->slot[size_t(j)]];
+                for (int64_t i = 0; slot != kNoSlot && i < tile_parts; ++i) total += sums[i * part_floats() + slot];
                 q.value_grad[j] = total;
             }
             if (q.row_sums) {

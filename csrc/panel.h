@@ -115,7 +115,7 @@ inline const char* check_ends(int32_t first, int32_t last, int64_t nnz) {
 // Panel offset of every entry of one plane, checked on the way: a malformed pattern is found here,
 // before any kernel reads through it.
 struct OffsetTable {
-    std::vector<int32_t> offset, block;  // per column index: floats from its block's panel; its block
+    std::vector<int32_t> offset, block;  // per column index: floats from its block's panel (negative: no place); its block
     OffsetTable(const Tiling& t, const Geometry& g) {
         const int64_t taps = g.taps_h * g.taps_w;
         offset.resize(size_t(g.channels_per_group * taps));
@@ -125,7 +125,7 @@ struct OffsetTable {
         for (int64_t c = 0, i = 0; c < g.channels_per_group; ++c)
             for (int64_t k = 0; k < taps; ++k, ++i) {
                 block[i] = int32_t(c / t.block_channels);
-                offset[i] = tap[k] < 0 ? -1 : int32_t(c % t.block_channels * t.channel_stride + tap[k]);
+                offset[i] = tap[k] < 0 ? int32_t(tap[k]) : int32_t(c % t.block_channels * t.channel_stride + tap[k]);
             }
     }
     // segment[b]..segment[b + 1]: the entries of `row` in block b.
@@ -143,9 +143,9 @@ struct OffsetTable {
             const int32_t k = col[j];
             if (k <= before || k >= cols) return "column indices are out of range or not ascending within a row";
             before = k;
-            if (offset[k] < 0) return "an entry's kernel position does not belong to its stride phase";
+            if (offset[k] == Axis::kAbsent) return "an entry's kernel position does not belong to its stride phase";
             for (; current < block[k]; ++current) segment[current + 1] = j;
-            offsets[j] = base + offset[k];
+            offsets[j] = offset[k] < 0 ? offset[k] : base + offset[k];
         }
         for (; current < t.blocks; ++current) segment[current + 1] = end;
         return nullptr;

@@ -16,24 +16,33 @@ namespace sparse_ft {
 
 // One axis of a plane's taps: which residues modulo the step occur, and the place of each tap.
 struct Axis {
+    // Phases of taps that have no place in the panel.
+    static constexpr int32_t kAbsent = -1;   // the tap does not belong to the plane
+    static constexpr int32_t kOutside = -2;  // it reads nothing but padding, from whatever position
+
     std::vector<int32_t> phases;      // residues in use, ascending
     std::vector<int32_t> phase, hop;  // per tap: index into phases; positions beyond the tile's first
     int64_t origin = 0;               // source coordinate of residue 0 at position 0
     int64_t reach = 0;                // largest hop
     int64_t step = 1;
 
-    Axis(const int32_t* taps, int64_t count, int64_t step_) : phase(count, -1), hop(count, 0), step(step_) {
+    // Of `positions` over a source of `size`; `drop`: whether taps that read nothing but padding get no place.
+    Axis(const int32_t* taps, int64_t count, int64_t step_, int64_t positions, int64_t size, bool drop)
+        : phase(count, kAbsent), hop(count, 0), step(step_) {
         int32_t low = INT32_MAX;
-        for (int64_t k = 0; k < count; ++k)
-            if (taps[k] != kNoTap) low = std::min(low, taps[k]);
+        for (int64_t k = 0; k < count; ++k) {
+            if (taps[k] == kNoTap) continue;
+            phase[k] = drop && !reads(taps[k], positions, size) ? kOutside : 0;
+            if (phase[k] == 0) low = std::min(low, taps[k]);
+        }
         if (low == INT32_MAX) return;
         origin = low;
         for (int64_t k = 0; k < count; ++k)
-            if (taps[k] != kNoTap) phases.push_back(int32_t((taps[k] - low) % step));
+            if (phase[k] >= 0) phases.push_back(int32_t((taps[k] - low) % step));
         std::sort(phases.begin(), phases.end());
         phases.erase(std::unique(phases.begin(), phases.end()), phases.end());
         for (int64_t k = 0; k < count; ++k) {
-            if (taps[k] == kNoTap) continue;
+            if (phase[k] < 0) continue;
             const int32_t residue = int32_t((taps[k] - low) % step);
             phase[k] = int32_t(std::lower_bound(phases.begin(), phases.end(), residue) - phases.begin());
             hop[k] = int32_t((taps[k] - low) / step);
@@ -41,9 +50,21 @@ struct Axis {
         }
     }
     int64_t phase_count() const { return int64_t(phases.size()); }
+    // Of the taps that belong to the plane, the share that has a place.
+    double share() const {
+        const auto outside = std::count(phase.begin(), phase.end(), kOutside);
+        const auto present = int64_t(phase.size()) - std::count(phase.begin(), phase.end(), kAbsent);
+        return present > 0 ? double(present - outside) / double(present) : 1.0;
+    }
     // Source coordinate of panel entry (phase index, i) for a tile that starts at position `first`.
     int64_t source(int64_t first, int64_t phase_index, int64_t i) const {
         return (first + i) * step + origin + phases[phase_index];
+    }
+
+  private:
+    bool reads(int64_t tap, int64_t positions, int64_t size) const {
+        const int64_t first = tap >= 0 ? 0 : (-tap + step - 1) / step;  // position that is not before the source
+        return first < positions && tap + first * step < size;
     }
 };
 
@@ -54,6 +75,7 @@ struct TileLimits {
     int64_t bytes;        // of a panel
     bool square = false;  // as few columns as make the least halo, rather than as many as `run` allows
     int64_t vector = 0;   // a lone position's samples in interleaved groups of so many: [group][channel][sample]
+    bool drop = false;    // taps that read nothing but padding get no place in the panel
 };
 
 struct Tiling {
@@ -70,7 +92,8 @@ struct Tiling {
     int64_t batch_tiles, y_tiles, x_tiles;
 
     Tiling(const Geometry& g, const Plane& p, const TileLimits& limits)
-        : y(p.tap_y, g.taps_h, g.step_y), x(p.tap_x, g.taps_w, g.step_x) {
+        : y(p.tap_y, g.taps_h, g.step_y, p.height, g.source_h, limits.drop),
+          x(p.tap_x, g.taps_w, g.step_x, p.width, g.source_w, limits.drop) {
         lanes = std::clamp<int64_t>(g.batch, 1, limits.lanes);  // no sample: no tile, and no division by zero
         batch_tiles = (g.batch + lanes - 1) / lanes;
         choose_extents(p, limits, g.channels_per_group * lanes * 4);
@@ -140,8 +163,9 @@ struct Tiling {
             for (int64_t kx = 0; kx < g.taps_w; ++kx) numbers.push_back(tap_offset(ky, kx));
         return numbers;
     }
-    int64_t tap_offset(int64_t ky, int64_t kx) const {  // negative: the tap is not in this plane
-        if (y.phase[ky] < 0 || x.phase[kx] < 0) return -1;
+    int64_t tap_offset(int64_t ky, int64_t kx) const {  // negative: Axis's reason for its having no place
+        if (y.phase[ky] == Axis::kAbsent || x.phase[kx] == Axis::kAbsent) return Axis::kAbsent;
+        if (y.phase[ky] < 0 || x.phase[kx] < 0) return Axis::kOutside;
         return (y.phase[ky] * panel_rows + y.hop[ky]) * row_stride +
                (x.phase[kx] * panel_cols + x.hop[kx]) * column_stride;
     }
