@@ -61,6 +61,7 @@ class Study:
         optimizer: class and its arguments, the learning rate among them for runs that do not set it.
         tuned: runs that start from the weights that the run "dense" ends with; the first one must be over.
         training: training arguments of a run, beside those that all have.
+        mixed: runs that train on images half of which are mixed with others; only the teacher knows what they show.
         points: evaluations of a run.
     """
 
@@ -71,6 +72,7 @@ class Study:
     runs: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mixed: tuple[str, ...] = ()
     points: int = 3
 
 
@@ -140,13 +142,18 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def collate(
-    examples: list[tuple[Tensor, Tensor, bool]], to_float: Callable[[Tensor], Tensor] = normalise
+    examples: list[tuple[Tensor, Tensor, bool]],
+    to_float: Callable[[Tensor], Tensor] = normalise,
+    mixed: bool = False,
 ) -> dict[str, Tensor]:
-    """A batch; in training, images are cropped out of a zero border and mirrored at random."""
-    images = torch.stack([image for image, _, _ in examples])
-    if examples[0][2]:
-        images = augment(images)
-    return {"pixel_values": to_float(images), "labels": torch.stack([label for _, label, _ in examples])}
+    """A batch; in training, images are cropped out of a zero border and mirrored at random, and `mixed`: each with a
+    chance of one half becomes a random mean of itself and another one (mixup, Zhang et al. 2018)."""
+    images, training = torch.stack([image for image, _, _ in examples]), examples[0][2]
+    pixels = to_float(augment(images) if training else images)
+    if training and mixed:
+        own = torch.rand(len(pixels), 1, 1, 1).where(torch.rand(len(pixels), 1, 1, 1) < 0.5, 1.0)
+        pixels = pixels * own + pixels[torch.randperm(len(pixels))] * (1 - own)
+    return {"pixel_values": pixels, "labels": torch.stack([label for _, label, _ in examples])}
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -179,9 +186,13 @@ STUDIES = {
         {
             "GMP": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"]}),
             "GMP unclipped": ("gmp_distilled.yaml", {"dense": ["conv1", "linear"], "lr": 0.02, "ramp": 0.3}),
+            "GMP mixed": (
+                "gmp_distilled.yaml", {"dense": ["conv1", "linear"], "lr": 0.02, "ramp": 0.2, "hardness": 1.0}
+            ),
             "dense": ("", {}),
         },
-        training={"GMP unclipped": {"max_grad_norm": 0.0}},
+        training={"GMP unclipped": {"max_grad_norm": 0.0}, "GMP mixed": {"max_grad_norm": 0.0}},
+        mixed=("GMP mixed",),
         points=6,
     ),
     "pretrained": Study(
@@ -323,6 +334,8 @@ def run_one(study: Study, name: str, options: argparse.Namespace) -> None:
     weights = path.with_name("dense.pt")
     if name in study.tuned:
         parts["model"].load_state_dict(torch.load(weights, weights_only=True))
+    if name in study.mixed:
+        parts["data_collator"] = partial(parts["data_collator"], mixed=True)
     if not file:
         parts["model"].to(memory_format=torch.channels_last)  # the faster one for dense convolutions
     steps = -(-len(parts["train_dataset"]) // study.batch_size)

@@ -120,9 +120,9 @@ def convert(
             `policy="auto"`; None makes one from what a timm or transformers model says of its input.
         policy: "auto" keeps of each layer the form that is faster, forward and backward, on the real input shape,
             and then makes sure that the whole model is faster than the dense one, else it is left dense; what was
-            measured is kept per machine. Where nothing in the model is trained (`requires_grad`), forward alone
-            counts, and a first convolution may run natively without zeros; under autocast to bfloat16 both forms are
-            timed in that. "always" converts every layer with enough zeros.
+            measured is kept per machine. A network's first convolution, and depthwise ones, may run natively without
+            zeros. Where nothing in the model is trained (`requires_grad`), forward alone counts; under autocast to
+            bfloat16 both forms are timed in that. "always" converts every layer with enough zeros.
         min_sparsity: layers with a smaller fraction of zeros stay dense.
         ignore: names or `"re:pattern"` of layers to leave dense.
         masks: weight name -> bool mask of the positions to train, where it differs from the nonzeros (active zeros).
@@ -141,7 +141,7 @@ def convert(
         raise ValueError(f"ignore must be a list of layer names, not the text {ignore!r}")
     model = unwrap(model)
     trained = any(parameter.requires_grad for parameter in model.parameters())
-    candidates = _Candidates(model, min_sparsity, ignore, masks or {}, trained=trained)
+    candidates = _Candidates(model, min_sparsity, ignore, masks or {})
     report = ConversionReport(policy)
     if layers is not None:
         chosen = set(layers)
@@ -257,10 +257,7 @@ class _Entry:
 class _Candidates:
     """The layers that conversion looks at, with the reason why one cannot be converted."""
 
-    def __init__(
-        self, model: nn.Module, min_sparsity: float, ignore: Iterable[str], masks: Mapping[str, Tensor], *,
-        trained: bool,
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, min_sparsity: float, ignore: Iterable[str], masks: Mapping[str, Tensor]):
         layers = {name: m for name, m in typed_layers(model).items() if not isinstance(m, SparseModule)}
         ignored = {name for names in match_names(ignore, list(layers)).values() for name in names}
         shared = _tied_parameters(model)
@@ -273,8 +270,7 @@ class _Candidates:
                 entry.reason = "ignored"
             elif not entry.obstacle and (entry.sparsity < min_sparsity or entry.sparsity == 0.0):
                 entry.reason = f"sparsity below {min_sparsity:.0%}" if min_sparsity else "no zeros"
-                keeps_layout = _is_depthwise(module) or (not trained and _reads_images(module))
-                entry.joins = keeps_layout and entry.sparsity == 0.0
+                entry.joins = entry.sparsity == 0.0 and (_is_depthwise(module) or _reads_images(module))
             self.entries[name] = entry
         self.eligible = {name: entry for name, entry in self.entries.items() if not entry.reason}
         if any(isinstance(entry.module, nn.Conv2d) for entry in self.eligible.values()):
@@ -318,7 +314,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _reads_images(module: nn.Module) -> bool:
-    """Whether it is a network's first convolution. Where nothing is trained, its norm is then computed with it."""
+    """Whether it is a network's first convolution, whose output is as large as its input is small."""
     return isinstance(module, nn.Conv2d) and module.in_channels <= IMAGE_CHANNELS and module.groups == 1
 
 

@@ -24,7 +24,7 @@ from sparse_ft.steps import inference_step, mixed_precision, to_channels_last, t
 
 _LAYER_BUDGET_S, _STEP_BUDGET_S = 0.4, 6.0  # for the repetitions, unless the verdict is clear before
 _MIN_PAIRS, _MAX_PAIRS = 3, 15
-_CACHE_VERSION = 6
+_CACHE_VERSION = 7
 IMAGE_CHANNELS = 4  # a convolution that reads no more is a network's first
 
 
@@ -107,7 +107,7 @@ def _inference(layer: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:
 
 
 def _training(layer: nn.Module, x: Tensor, bf16: bool) -> Callable[[], None]:
-    x = x.detach().requires_grad_(True)  # a leaf: backward must end here
+    x = x.detach().requires_grad_(not _is_image(layer))  # a leaf: backward must end here
     with torch.no_grad(), mixed_precision(bf16):
         grad = torch.randn_like(layer(x))
 
@@ -119,6 +119,11 @@ def _training(layer: nn.Module, x: Tensor, bf16: bool) -> Callable[[], None]:
         layer.zero_grad(set_to_none=True)
 
     return run
+
+
+def _is_image(layer: nn.Module) -> bool:
+    """Whether the layer's input is an image, which has no gradient."""
+    return isinstance(layer, nn.Conv2d | SparseConv2d) and layer.in_channels <= IMAGE_CHANNELS
 
 
 def _trainable_copy(layer: nn.Module) -> nn.Module:
@@ -153,7 +158,7 @@ def time_layer(
         if inside:
             follow_layout(dense)
             # Images come as a data loader makes them.
-            given = x if layer.in_channels <= IMAGE_CHANNELS else batch_last
+            given = x if _is_image(layer) else batch_last
             run, rivals = step(sparse, given), {"dense": step(dense, given)}
         else:
             rivals = {"dense": step(dense, x)}

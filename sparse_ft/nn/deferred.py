@@ -9,7 +9,6 @@ that the activation is neither written nor kept.
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -95,35 +94,43 @@ class Pending(Protocol):
         """A tensor that stands for it."""
 
 
-@dataclass
 class PendingNorm:
     """A norm's operands. The statistics are measured; `residual` is to be added."""
 
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor
-    variance: Tensor
-    eps: float
-    training: bool  # the statistics are those of x
-    patience: Patience  # of the norm's module
-    activation: Activation = Activation.IDENTITY
-    residual: Tensor | None = None
+    __slots__ = (
+        "_versions", "activation", "bias", "device", "dtype", "eps", "grad_enabled", "inference", "mean", "patience",
+        "residual", "shape", "taken", "training", "variance", "weight", "x",
+    )  # fmt: skip
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float,
+        training: bool, patience: Patience, activation: Activation,
+    ):  # fmt: skip
+        """`training`: the statistics are those of x; `patience`: of the norm's module."""
         self.grad_enabled, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.shape, self.dtype, self.device = self.x.shape, self.x.dtype, self.x.device
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        if not training:  # running statistics, which go on
+            mean, variance = mean.clone(), variance.clone()
+        self.x, self.weight, self.bias = self._constant(x), self._constant(weight), self._constant(bias)
+        self.mean, self.variance, self.eps, self.training = mean, variance, eps, training
+        self.patience, self.activation = patience, activation
+        self.residual: Tensor | None = None
         self.taken = False  # by a convolution
-        if not self.training:  # running statistics, which go on
-            self.mean, self.variance = self.mean.clone(), self.variance.clone()
-        if not self.grad_enabled:  # a constant, also if it is computed where gradients are recorded
-            for name in ("x", "weight", "bias", "residual"):
-                tensor = getattr(self, name)
-                setattr(self, name, None if tensor is None else tensor.detach())
-        self._versions = self._read_versions()
+        self._versions: tuple = ()
+        self._see(self.x, self.weight, self.bias)
 
-    def _read_versions(self) -> list[int | None]:
-        return [_version(t) for t in (self.x, self.weight, self.bias, self.residual) if t is not None]
+    def _constant(self, tensor: Any) -> Any:
+        """Where no gradient is recorded, also if the norm is computed where one is."""
+        return tensor if self.grad_enabled or tensor is None else tensor.detach()
+
+    def _see(self, *tensors: Tensor | None) -> None:
+        self._versions += tuple([(t, _version(t)) for t in tensors if t is not None])
+
+    def _copy(self) -> "PendingNorm":
+        other = object.__new__(PendingNorm)
+        for name in PendingNorm.__slots__:
+            setattr(other, name, getattr(self, name))
+        return other
 
     def operands(self) -> tuple:
         """(x, weight, bias, mean, 1 / standard deviation, activation), as a convolution takes them."""
@@ -131,11 +138,13 @@ class PendingNorm:
 
     def check(self) -> None:
         """Raises where an operand is no longer what it was."""
-        if self._read_versions() != self._versions:
-            raise RuntimeError(
-                "a batch norm's input, parameters or the tensor added to its output were modified in place before "
-                "the result was used; copy (.clone()) what is modified, or use the dense model (sparse_ft.to_dense)"
-            )
+        for tensor, version in self._versions:
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    "a batch norm's input, parameters or the tensor added to its output were modified in place before "
+                    "the result was used; copy (.clone()) what is modified, or use the dense model "
+                    "(sparse_ft.to_dense)"
+                )
 
     def compute(self) -> Tensor:
         """The norm with what follows it, differentiable."""
@@ -150,10 +159,15 @@ class PendingNorm:
         return what == (self.shape, self.dtype, self.device) and not residual.is_inference()
 
     def added(self, residual: Tensor) -> "PendingNorm":
-        return replace(self, residual=residual)
+        other = self._copy()
+        other.residual = self._constant(residual)
+        other._see(other.residual)
+        return other
 
     def activated(self, activation: Activation) -> "PendingNorm":
-        return replace(self, activation=activation)
+        other = self._copy()
+        other.activation = activation
+        return other
 
     def looked_at(self) -> None:
         if self.activation:
@@ -426,7 +440,8 @@ def _add(a: Any, b: Any, in_place: bool) -> Tensor | None:
 _METADATA = {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
     torch.is_floating_point, torch.numel, Tensor.__len__,
-    *map(_getter, ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda")),
+    *map(_getter, ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf")),
+    *map(_getter, ("is_cpu", "is_cuda")),
 }  # fmt: skip
 
 # Function -> whether it changes its first argument.

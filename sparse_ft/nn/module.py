@@ -95,10 +95,13 @@ class SparseModule(nn.Module):
             self._given = dense, dense._version, self.weight._version
         return dense
 
-    @torch.no_grad()
     def _take_back(self) -> None:
-        if self._given is None:
-            return
+        if self._given is not None:
+            self._write_back()
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        assert self._given is not None
         (dense, version, weight_version), self._given = self._given, None
         if dense._version == version or self.weight._version != weight_version:
             return  # as it was given, or out of date

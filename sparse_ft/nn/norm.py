@@ -68,9 +68,8 @@ def _update_statistics(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: 
     norm.num_batches_tracked.add_(1)
     momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean, momentum)
-        norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
 
 
 @adapts("torch.nn", "BatchNorm2d")

@@ -33,7 +33,17 @@ def transformed() -> bool:
 def _unwatched(args: tuple) -> bool:
     if transformed() or torch.autograd._profiler_enabled():
         return False
-    return all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
+    for arg in args:  # a loop: generators cost as much as all else here
+        if type(arg) not in _PLAIN and isinstance(arg, Tensor):
+            return False
+    return True
+
+
+def _any_requires_grad(args: tuple) -> bool:
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 def caller(name: str, differentiable: Callable | None = None) -> Callable[..., Any]:
@@ -46,7 +56,7 @@ def caller(name: str, differentiable: Callable | None = None) -> Callable[..., A
     def call(*args):
         if torch.compiler.is_compiling() or not _unwatched(args):
             return operator(*args)
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        if torch.is_grad_enabled() and _any_requires_grad(args):
             return operator(*args) if differentiable is None else differentiable(*args)
         return _implementations[name](*args)
 

@@ -5,7 +5,6 @@ float32 ones on the CPU. A pass of a single image goes through some fifty layers
 shapes alone is looked up, and of a pattern's tensors only those are looked at that the kernel reads.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -15,11 +14,6 @@ from sparse_ft.ops import native
 from sparse_ft.ops.checks import check_weight
 from sparse_ft.ops.layout import BATCH_LAST, empty
 from sparse_ft.ops.schema import conv2d_output_shape
-
-
-@functools.lru_cache(maxsize=4096)
-def _output_shape(shape: torch.Size, geometry: tuple) -> torch.Size:
-    return torch.Size(conv2d_output_shape(shape, *geometry))
 
 
 class Weights(NamedTuple):
@@ -32,7 +26,7 @@ class Weights(NamedTuple):
 
     def output_shape(self, x: Tensor) -> torch.Size:
         """(N, O, OH, OW); ValueError where the sizes do not fit."""
-        return _output_shape(x.shape, self.geometry)
+        return torch.Size(conv2d_output_shape(x.shape, *self.geometry))
 
     def compute(self, x: Tensor, shape: torch.Size, result: tuple | None) -> Tensor:
         """The convolution of a batch-last tensor.

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch  # before the native core, which then shares torch's OpenMP runtime
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_ft.ops import _native
 from sparse_ft.ops.allocation import ELEMENTS
+from sparse_ft.ops.by_tensor import ByTensor
 from sparse_ft.ops.layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, empty, is_batch_last, layout_of
 
 
@@ -40,6 +40,12 @@ def native_reason(*activations: Tensor | None, weights: Iterable[Tensor | None] 
 
     Activations are float32 or bfloat16, all of one kind; weights (of norms, too, and statistics) are float32.
     """
+    weights = tuple(weights)
+    for tensor in activations + weights:
+        if tensor is not None and not (tensor.dtype is torch.float32 and tensor.is_cpu):
+            break
+    else:
+        return None
     first = None
     for tensor in activations:
         if tensor is None:
@@ -77,34 +83,33 @@ def convolution(weight_shape, stride, padding, dilation, groups) -> _native.Conv
 class _Generated(NamedTuple):
     """A pattern's generated kernels, and how to see that it was written to in place."""
 
-    versions: tuple
+    versions: list
     fingerprint: tuple[int, ...]
     programs: _native.Programs
 
 
-_generated: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a pattern's first tensor -> _Generated
+_generated: ByTensor[_Generated] = ByTensor()  # of a pattern's first tensor
+_plain: ByTensor[bool] = ByTensor()  # first tensors of patterns that no kernels are generated for
 
 
 def programs(pattern: list[Tensor]) -> _native.Programs | None:
     """Where the generated kernels of a pattern are kept, as long as its tensors live and are what they were."""
-    if pattern[0] in _plain:
+    first = pattern[0]
+    known = _generated.get(first)
+    if known is None and _plain.get(first):
         return None
-    versions = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in pattern)
-    known = _generated.get(pattern[0])
-    if known is None or known.versions != versions or pattern[0].is_inference():
+    versions = [(t.data_ptr(), None if t.is_inference() else t._version) for t in pattern]
+    if known is None or known.versions != versions or first.is_inference():
         fingerprint = tuple(_native.fingerprint(t.data_ptr(), t.numel()) for t in pattern)
         same = known is not None and known.fingerprint == fingerprint  # written, but with the same numbers
         known = _Generated(versions, fingerprint, known.programs if same else _native.Programs())
-        _generated[pattern[0]] = known
+        _generated.keep(first, known)
     return known.programs
-
-
-_plain: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first tensors of patterns that no kernels are generated for
 
 
 def compute_plainly(pattern: list[Tensor]) -> None:
     """Generates no kernels for a pattern, which is not used often enough to be worth them."""
-    _plain[pattern[0]] = True
+    _plain.keep(pattern[0], True)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -118,11 +123,6 @@ _OPERATIONS_PER_THREAD = 400_000
 def _threads(operations: int) -> int:
     """torch's number of threads, or fewer where there is little to do."""
     return max(1, min(torch.get_num_threads(), operations // _OPERATIONS_PER_THREAD))
-
-
-def _conv_threads(nnz: int, x: Tensor, y: Tensor) -> int:
-    # Packing and storing cost about one operation an element, whatever few nonzeros there are.
-    return _threads(2 * nnz * (y.numel() // max(1, y.shape[1])) + x.numel() + y.numel())
 
 
 def _linear_threads(nnz: int, x: Tensor, y: Tensor, features: int) -> int:
@@ -236,12 +236,12 @@ def conv2d(
 
 
 class ConvPlan(NamedTuple):
-    """What a convolution's call says beside addresses."""
+    """What the calls of a convolution and of its gradients say beside addresses."""
 
     convolution: _native.Convolution
-    size: tuple
+    size: tuple  # of the input
     strides: tuple
-    positions: tuple
+    positions: tuple  # of the output
     out_strides: tuple
     nnz: int
     threads: int
@@ -269,14 +269,12 @@ def run_conv2d(plan: ConvPlan, x, values, bias, pattern, programs, out: Tensor, 
 def conv2d_input_grad(
     grad, values, pattern, weight_shape, stride, padding, dilation, groups, grad_x: Tensor
 ) -> Tensor:
-    grad, flat = as_batch_last(grad), _is_flat(weight_shape, stride, padding)
-    dest, source = _Activations(grad_x.shape, flat), _Activations(grad.shape, flat)
+    grad, conv = as_batch_last(grad), (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    plan = plan_conv2d(grad_x.shape, grad.shape, conv, values.numel(), torch.get_num_threads())
     _native.input_grad(
-        convolution(weight_shape, stride, padding, dilation, groups), ELEMENTS[grad.dtype], dest.size,
-        grad.data_ptr(), source.strides,
-        source.positions, grad_x.data_ptr(), dest.strides, pattern[2].data_ptr(), pattern[3].data_ptr(),
-        pattern[4].data_ptr(), values.data_ptr(), values.numel(), programs(pattern),
-        _conv_threads(values.numel(), grad_x, grad),
+        plan.convolution, ELEMENTS[grad.dtype], plan.size, grad.data_ptr(), plan.out_strides, plan.positions,
+        grad_x.data_ptr(), plan.strides, pattern[2].data_ptr(), pattern[3].data_ptr(), pattern[4].data_ptr(),
+        values.data_ptr(), plan.nnz, programs(pattern), plan.threads,
     )  # fmt: skip
     return grad_x
 
@@ -284,14 +282,13 @@ def conv2d_input_grad(
 def conv2d_weight_grad(
     grad, x, pattern, weight_shape, stride, padding, dilation, groups, value_grad: Tensor, norm=None
 ) -> Tensor:
-    grad, x, flat = as_batch_last(grad), as_batch_last(x), _is_flat(weight_shape, stride, padding)
-    source, dest = _Activations(x.shape, flat), _Activations(grad.shape, flat)
+    grad, x = as_batch_last(grad), as_batch_last(x)
+    conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    plan = plan_conv2d(x.shape, grad.shape, conv, value_grad.numel(), torch.get_num_threads())
     _native.weight_grad(
-        convolution(weight_shape, stride, padding, dilation, groups), ELEMENTS[x.dtype], source.size, x.data_ptr(),
-        source.strides,
-        dest.positions, grad.data_ptr(), dest.strides, pattern[0].data_ptr(), pattern[1].data_ptr(),
-        value_grad.data_ptr(), 0, value_grad.numel(), programs(pattern), _conv_threads(value_grad.numel(), x, grad),
-        _norm_arguments(norm),
+        plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, grad.data_ptr(),
+        plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), value_grad.data_ptr(), 0, plan.nnz,
+        programs(pattern), plan.threads, _norm_arguments(norm),
     )  # fmt: skip
     return value_grad
 

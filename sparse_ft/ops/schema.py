@@ -24,6 +24,7 @@ Activations are float32, or bfloat16 beside float32 weights and statistics; grad
 Source of the three products: SparseProp (Nikdan et al., ICML 2023, arXiv 2302.04852).
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -86,8 +87,15 @@ def _nnz(pattern: list[Tensor]) -> int:
     return pattern[1].numel()
 
 
-def conv2d_output_shape(x_shape, weight_shape, stride, padding, dilation, groups) -> tuple[int, int, int, int]:
+def conv2d_output_shape(x_shape, *conv) -> tuple[int, int, int, int]:
     """(N, O, OH, OW) of a convolution; ValueError where the sizes do not fit."""
+    try:
+        return _known_output_shape(x_shape, *conv)
+    except TypeError:  # lists, or the symbols of a tracer
+        return _output_shape(x_shape, *conv)
+
+
+def _output_shape(x_shape, weight_shape, stride, padding, dilation, groups) -> tuple[int, int, int, int]:
     check_image("the input", x_shape)
     check_geometry(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
     n, c, h, w = x_shape
@@ -101,6 +109,9 @@ def conv2d_output_shape(x_shape, weight_shape, stride, padding, dilation, groups
     return n, weight_shape[0], oh, ow
 
 
+_known_output_shape = functools.lru_cache(maxsize=4096)(_output_shape)
+
+
 def _check_linear(pattern, values, bias, in_features, out_features) -> None:
     check_weight(pattern, values, bias, out_features, in_features)
 
@@ -108,6 +119,12 @@ def _check_linear(pattern, values, bias, in_features, out_features) -> None:
 def _check_conv2d(pattern, values, bias, weight_shape, stride, groups) -> None:
     t_rows = stride[0] * stride[1] * weight_shape[1] * groups
     check_weight(pattern, values, bias, weight_shape[0], t_rows)
+
+
+def _value_grad(pattern: list[Tensor], grad: Tensor, x: Tensor) -> Tensor:
+    """Memory for the weight gradient, which the kernels write whole; zeros where there is nothing to compute."""
+    make = grad.new_empty if grad.numel() and x.numel() else grad.new_zeros
+    return make(_nnz(pattern), dtype=torch.float32)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -149,7 +166,7 @@ def _linear_weight_grad(grad, x, pattern, in_features, out_features):
     _check_linear(pattern, None, None, in_features, out_features)
     if native_reason(grad, x):
         return reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
-    value_grad = grad.new_zeros(_nnz(pattern), dtype=torch.float32)
+    value_grad = _value_grad(pattern, grad, x)
     if grad.numel() and x.numel():
         native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad)
     return value_grad
@@ -162,7 +179,7 @@ def _linear_weight_bias_grad(grad, x, pattern, in_features, out_features):
     if native_reason(grad, x):
         value_grad = reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
         return value_grad, grad.reshape(-1, out_features).sum(0, dtype=wide_dtype(grad))
-    value_grad, bias_grad = (grad.new_zeros(count, dtype=torch.float32) for count in (_nnz(pattern), out_features))
+    value_grad, bias_grad = _value_grad(pattern, grad, x), grad.new_zeros(out_features, dtype=torch.float32)
     if grad.numel() and x.numel():
         native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad, bias_grad)
     elif grad.numel():
@@ -200,7 +217,7 @@ def _conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilatio
     _check_conv2d(pattern, None, None, weight_shape, stride, groups)
     if native_reason(grad, x):
         return reference.conv2d_weight_grad(grad, x, pattern, *conv)
-    value_grad = grad.new_zeros(_nnz(pattern), dtype=torch.float32)
+    value_grad = _value_grad(pattern, grad, x)
     if grad.numel() and x.numel():
         native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad)
     return value_grad
@@ -240,7 +257,7 @@ def _norm_conv2d_weight_grad(
     if native_reason(grad, x, weights=(norm_weight, norm_bias, mean, rstd)):
         normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
         return reference.conv2d_weight_grad(grad, normalised, pattern, *conv)
-    value_grad = grad.new_zeros(_nnz(pattern), dtype=torch.float32)
+    value_grad = _value_grad(pattern, grad, x)
     if grad.numel() and x.numel():
         norm = (*map(_contiguous, (mean, rstd, norm_weight, norm_bias)), activation)
         native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad, norm)
