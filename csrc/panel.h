@@ -115,7 +115,8 @@ inline const char* check_ends(int32_t first, int32_t last, int64_t nnz) {
 // Panel offset of every entry of one plane, checked on the way: a malformed pattern is found here,
 // before any kernel reads through it.
 struct OffsetTable {
-    std::vector<int32_t> offset, block;  // per column index: floats from its block's panel (negative: no place); its block
+    // Per column index: floats from its block's panel, or why it has no place there (Axis); its block.
+    std::vector<int32_t> offset, block;
     OffsetTable(const Tiling& t, const Geometry& g) {
         const int64_t taps = g.taps_h * g.taps_w;
         offset.resize(size_t(g.channels_per_group * taps));

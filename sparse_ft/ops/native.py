@@ -95,14 +95,15 @@ _plain: ByTensor[bool] = ByTensor()  # first tensors of patterns that no kernels
 def programs(pattern: list[Tensor]) -> _native.Programs | None:
     """Where the generated kernels of a pattern are kept, as long as its tensors live and are what they were."""
     first = pattern[0]
-    known = _generated.get(first)
-    if known is None and _plain.get(first):
+    if _plain.get(first):
         return None
+    known = _generated.get(first)
     versions = [(t.data_ptr(), None if t.is_inference() else t._version) for t in pattern]
     if known is None or known.versions != versions or first.is_inference():
         fingerprint = tuple(_native.fingerprint(t.data_ptr(), t.numel()) for t in pattern)
-        same = known is not None and known.fingerprint == fingerprint  # written, but with the same numbers
-        known = _Generated(versions, fingerprint, known.programs if same else _native.Programs())
+        # Written, but with the same numbers?
+        kept = known.programs if known is not None and known.fingerprint == fingerprint else _native.Programs()
+        known = _Generated(versions, fingerprint, kept)
         _generated.keep(first, known)
     return known.programs
 
