@@ -94,11 +94,39 @@ class Pending(Protocol):
         """A tensor that stands for it."""
 
 
-class PendingNorm:
+class Operands:
+    """What a pending output is computed from, unless it has changed by then."""
+
+    __slots__: tuple[str, ...] = ("_versions",)
+    _versions: tuple
+    what = ""  # of what it is operands, for the error
+
+    def _see(self, *tensors: Tensor | None) -> None:
+        self._versions += tuple([(t, _version(t)) for t in tensors if t is not None])
+
+    def _copy(self) -> Any:
+        other = object.__new__(type(self))
+        for name in (*Operands.__slots__, *self.__slots__):
+            setattr(other, name, getattr(self, name))
+        return other
+
+    def check(self) -> None:
+        """Raises where an operand is no longer what it was."""
+        for tensor, version in self._versions:
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    f"an input, parameter or statistic of {self.what}, or the tensor added to its output, was "
+                    "modified in place before the result was used; copy (.clone()) what is modified, or use the dense "
+                    "model (sparse_ft.to_dense)"
+                )
+
+
+class PendingNorm(Operands):
     """A norm's operands. The statistics are measured; `residual` is to be added."""
 
+    what = "a batch norm"
     __slots__ = (
-        "_versions", "activation", "bias", "device", "dtype", "eps", "grad_enabled", "inference", "mean", "patience",
+        "activation", "bias", "device", "dtype", "eps", "grad_enabled", "inference", "mean", "patience",
         "residual", "shape", "taken", "training", "variance", "weight", "x",
     )  # fmt: skip
 
@@ -123,28 +151,9 @@ class PendingNorm:
         """Where no gradient is recorded, also if the norm is computed where one is."""
         return tensor if self.grad_enabled or tensor is None else tensor.detach()
 
-    def _see(self, *tensors: Tensor | None) -> None:
-        self._versions += tuple([(t, _version(t)) for t in tensors if t is not None])
-
-    def _copy(self) -> "PendingNorm":
-        other = object.__new__(PendingNorm)
-        for name in PendingNorm.__slots__:
-            setattr(other, name, getattr(self, name))
-        return other
-
     def operands(self) -> tuple:
         """(x, weight, bias, mean, 1 / standard deviation, activation), as a convolution takes them."""
         return self.x, self.weight, self.bias, self.mean, _rstd(self.variance, self.eps), self.activation
-
-    def check(self) -> None:
-        """Raises where an operand is no longer what it was."""
-        for tensor, version in self._versions:
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    "a batch norm's input, parameters or the tensor added to its output were modified in place before "
-                    "the result was used; copy (.clone()) what is modified, or use the dense model "
-                    "(sparse_ft.to_dense)"
-                )
 
     def compute(self) -> Tensor:
         """The norm with what follows it, differentiable."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn.deferred import Deferred, pending_of, result_of
+from sparse_ft.nn.deferred import Deferred, Operands, pending_of, result_of
 from sparse_ft.ops import BATCH_LAST, Activation, is_batch_last
 from sparse_ft.ops.calls import transformed
 from sparse_ft.ops.evaluation import Weights
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 _NO_NORM = (None, None, None, None, 0.0)
 
 
-class PendingConv:
+class PendingConv(Operands):
     """A convolution's operands, and those of what is to follow it."""
 
+    what = "a convolution"
     __slots__ = (
-        "_versions", "activation", "device", "dtype", "grad_enabled", "inference", "norm", "owner", "residual",
+        "activation", "device", "dtype", "grad_enabled", "inference", "norm", "owner", "residual",
         "shape", "weights", "x",
     )  # fmt: skip
 
@@ -44,15 +45,6 @@ class PendingConv:
         self.activation = Activation.IDENTITY
         self._versions: tuple = ()
         self._see(x, weights.values, weights.bias)
-
-    def _see(self, *tensors: Tensor | None) -> None:
-        self._versions += tuple((t, t._version) for t in tensors if t is not None)
-
-    def _copy(self) -> PendingConv:
-        other = object.__new__(PendingConv)
-        for name in PendingConv.__slots__:
-            setattr(other, name, getattr(self, name))
-        return other
 
     @property
     def _bare(self) -> bool:
@@ -95,16 +87,6 @@ class PendingConv:
         """Somebody wants the result. That of the convolution alone need not have waited."""
         if self._bare:
             self.owner._patience.lose()
-
-    def check(self) -> None:
-        """Raises where an operand is no longer what it was."""
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                raise RuntimeError(
-                    "a convolution's input, a parameter or statistic, or the tensor added to its output was modified "
-                    "in place before the result was used; copy (.clone()) what is modified, or use the dense model "
-                    "(sparse_ft.to_dense)"
-                )
 
     def compute(self) -> Tensor:
         self.check()

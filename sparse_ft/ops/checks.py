@@ -21,10 +21,10 @@ def check_weight(pattern: list[Tensor], values: Tensor | None, bias: Tensor | No
     Raises:
         ValueError: for a tensor of another size, type or device.
     """
-    if len(pattern) == len(_NAMES) and _fits(pattern, values, bias, rows, t_rows):
-        return
     if len(pattern) != len(_NAMES):
         raise ValueError(f"malformed sparse pattern: it has {len(_NAMES)} index tensors, not {len(pattern)}")
+    if _fits(pattern, values, bias, rows, t_rows):
+        return
     nnz = pattern[1].numel()
     for name, tensor, size in zip(_NAMES, pattern, (rows + 1, nnz, t_rows + 1, nnz, nnz), strict=True):
         if tensor.dtype != torch.int32 or tensor.numel() != size or not tensor.is_contiguous():

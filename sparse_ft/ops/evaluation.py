@@ -2,7 +2,7 @@
 
 It computes what the operators `conv2d` and `conv2d_norm` compute, from tensors that the caller knows to be plain
 float32 ones on the CPU. A pass of a single image goes through some fifty layers in a few milliseconds: what depends on
-shapes alone is looked up, and of a pattern's tensors only those are looked at that the kernel reads.
+shapes alone is looked up.
 """
 
 from typing import NamedTuple
@@ -37,9 +37,8 @@ class Weights(NamedTuple):
                 residual of the output's shape, and an activation.
         """
         values, bias, pattern, geometry = self
-        if not self._fits():
-            weight_shape, stride, _, _, groups = geometry
-            check_weight(pattern, values, bias, weight_shape[0], stride[0] * stride[1] * weight_shape[1] * groups)
+        weight_shape, stride, _, _, groups = geometry
+        check_weight(pattern, values, bias, weight_shape[0], stride[0] * stride[1] * weight_shape[1] * groups)
         out = empty(shape, BATCH_LAST, x)
         if out.numel() == 0:
             return out
@@ -53,18 +52,3 @@ class Weights(NamedTuple):
         bias = None if bias is None else bias.contiguous()
         native.run_conv2d(plan, x, values, bias, pattern, native.programs(pattern), out, None, result)
         return out
-
-    def _fits(self) -> bool:
-        """Whether the kernel can read the tensors as far as the sizes say."""
-        values, bias, (row_ptr, col, *_), geometry = self
-        rows, nnz = geometry[0][0], col.numel()
-        return (
-            values.numel() == nnz
-            and row_ptr.numel() == rows + 1
-            and row_ptr.dtype is col.dtype is torch.int32
-            and row_ptr.is_contiguous()
-            and col.is_contiguous()
-            and row_ptr.is_cpu
-            and col.is_cpu
-            and (bias is None or bias.numel() == rows)
-        )

@@ -293,6 +293,13 @@ class TestAuto:
         assert model[3].sparsity == 0.0 and torch.equal(model[3].dense_weight(), weight)
         torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_the_first_convolution_joins(self, timings, trained):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), sparsify(nn.Conv2d(8, 8, 3))).requires_grad_(trained)
+        weight = model[0].weight.detach().clone()
+        assert sparse_ft.convert(model, image(8)).converted == ["0", "1"]
+        assert model[0].sparsity == 0.0 and torch.equal(model[0].dense_weight(), weight)
+
     def test_a_depthwise_layer_alone_does_not(self, timings):
         model = small_cnn()
         sparsify(model[9])
@@ -648,3 +655,12 @@ def test_measuring_leaves_out_a_layout_in_which_torch_crashes():
     sparse_ft.convert(dense, policy="always")  # the first one stays dense, between layouts
     dense(torch.randn(16, 8, 56, 56)).sum().backward()
     assert dense[0].weight.grad.isfinite().all()
+
+
+def test_an_image_has_no_gradient_in_a_timing():
+    for channels, wanted in ((3, False), (8, True)):
+        seen = []
+        layer = nn.Conv2d(channels, 4, 1)
+        layer.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0].requires_grad))
+        tune._training(layer, torch.randn(2, channels, 4, 4), bf16=False)()
+        assert all(each is wanted for each in seen) and seen
