@@ -104,6 +104,15 @@ struct Norm {
     int threads;
 };
 
+// A depthwise convolution in batch-last layout with the norms on both sides of it. The inner norm's x is the
+// convolution's source, the outer norm's x its result. Backward, the gradient of the outer norm's result comes in, and
+// that of the inner norm's x goes to the destination of `sums`.
+struct NormDepthwise {
+    Product sums;      // forward: the convolution; backward: its input gradient
+    Product products;  // backward: its weight gradient
+    Norm inner, outer;
+};
+
 // Pooling windows along one axis: window o covers positions first[o] + t * step, low[o] <= t < high[o] <= taps, all of
 // them within `size`. An average weighs them by scale[o].
 struct Windows {
@@ -184,6 +193,8 @@ struct Kernels {
     const char* (*sampled_product)(const Product&);
     void (*norm_forward)(const Norm&);
     void (*norm_backward)(const Norm&);
+    const char* (*norm_depthwise_forward)(const NormDepthwise&);
+    const char* (*norm_depthwise_backward)(const NormDepthwise&);
     void (*pool_forward)(const Pool&);
     void (*pool_backward)(const Pool&);
     void (*transpose)(const Transpose&);

@@ -48,11 +48,12 @@ void decode(const Decoder& decoder) {
 }
 
 // Runs one kernel without the interpreter's lock; a malformed pattern becomes a ValueError.
-void run(const char* (*kernel)(const Product&), const Product& product) {
+template <class Task>
+void run(const char* (*kernel)(const Task&), const Task& task) {
     const char* problem;
     {
         py::gil_scoped_release release;
-        problem = kernel(product);
+        problem = kernel(task);
     }
     raise(problem);
 }
@@ -155,6 +156,77 @@ void weight_grad(const Convolution& c, int element, const Four& size, Address x,
     run(active_kernels().sampled_product, f.product);
 }
 
+// A norm beside a depthwise convolution: mean, 1 / standard deviation, weight, bias, activation; whether the
+// statistics are x's own; and where the gradients of weight and bias go.
+using BesideArguments = std::tuple<Address, Address, Address, Address, int, bool, Address, Address>;
+
+Norm beside(const BesideArguments& arguments, int element, Address x, int64_t channels, int64_t size) {
+    const auto& [mean, rstd, weight, bias, activation, training, grad_weight, grad_bias] = arguments;
+    Norm q{};
+    q.element = element_of(element);
+    q.activation = activation_of(activation);
+    q.x = at<const void>(x);
+    q.channels = channels;
+    q.size = size;
+    q.weight = at<const float>(weight);
+    q.bias = at<const float>(bias);
+    q.mean = at<float>(mean);
+    q.rstd = at<float>(rstd);
+    q.training = training;
+    q.grad_weight = at<float>(grad_weight);
+    q.grad_bias = at<float>(grad_bias);
+    return q;
+}
+
+void check_depthwise(const Convolution& c, const Four& size, const Four& x_stride, const Four& y_stride, Two out) {
+    check(c);
+    const auto batch_last = [&](const Four& stride, int64_t height, int64_t width) {
+        return stride[0] == 1 && stride[1] == height * width * size[0] &&
+               (height == 1 || stride[2] == width * size[0]) && (width == 1 || stride[3] == size[0]);
+    };
+    require(c.groups == c.weight[0] && c.weight[1] == 1, "the convolution is not depthwise");
+    require(batch_last(x_stride, size[2], size[3]) && batch_last(y_stride, out[0], out[1]),
+            "the activations are not batch-last");
+}
+
+void norm_depthwise_forward(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride,
+                            Two out_size, Address y, const Four& y_stride, Address row_ptr, Address col,
+                            Address values, Address bias, int64_t nnz, int threads, const BesideArguments& inner,
+                            Address mean, Address variance) {
+    check_depthwise(c, size, x_stride, y_stride, out_size);
+    ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
+                     nullptr, threads);
+    f.product.element = element_of(element);
+    f.product.values = at<const float>(values);
+    f.product.bias = at<const float>(bias);
+    f.product.dest = view(y, y_stride);
+    NormDepthwise block{f.product, {}, beside(inner, element, x, size[1], size[0] * size[2] * size[3]), {}};
+    block.outer.channels = size[1];
+    block.outer.size = size[0] * out_size[0] * out_size[1];
+    block.outer.mean = at<float>(mean);
+    block.outer.variance = at<float>(variance);
+    run(active_kernels().norm_depthwise_forward, block);
+}
+
+void norm_depthwise_backward(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride,
+                             Two out_size, Address grad, Address y, const Four& y_stride, Address row_ptr, Address col,
+                             Address t_row_ptr, Address t_col, Address perm, Address values, int64_t nnz, int threads,
+                             const BesideArguments& inner, const BesideArguments& outer, Address grad_x,
+                             Address value_grad) {
+    check_depthwise(c, size, x_stride, y_stride, out_size);
+    ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
+                     nullptr, threads);
+    InputGradProduct g(c, size, view(0, y_stride), out_size, view(grad_x, x_stride), at<const int32_t>(t_row_ptr),
+                       at<const int32_t>(t_col), at<const int32_t>(perm), at<const float>(values), nnz, nullptr,
+                       threads);
+    f.product.element = g.product.element = element_of(element);
+    f.product.value_grad = at<float>(value_grad);
+    NormDepthwise block{g.product, f.product, beside(inner, element, x, size[1], size[0] * size[2] * size[3]),
+                        beside(outer, element, y, size[1], size[0] * out_size[0] * out_size[1])};
+    block.outer.grad = at<const void>(grad);
+    run(active_kernels().norm_depthwise_backward, block);
+}
+
 // A compact activation as Python holds it: sizes (blocks, channels, height, width); samples (all, of a block, of a
 // column) and the step of its columns.
 Compact compact(const Four& size, const Four& lanes, Address bits, Address start, Address values) {
@@ -206,6 +278,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("forward", &forward);
     m.def("input_grad", &input_grad);
     m.def("weight_grad", &weight_grad);
+    m.def("norm_depthwise_forward", &norm_depthwise_forward);
+    m.def("norm_depthwise_backward", &norm_depthwise_backward);
 
     m.def("count_nonzero", [](Address weight, int64_t numel, int threads) {
         py::gil_scoped_release release;

@@ -19,6 +19,8 @@ const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
                                sampled_product,
                                norm_forward,
                                norm_backward,
+                               norm_depthwise_forward,
+                               norm_depthwise_backward,
                                pool_forward,
                                pool_backward,
                                transpose_batches,

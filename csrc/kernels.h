@@ -15,6 +15,8 @@ const char* generated_sampled_product(const Product&);
 #endif
 void norm_forward(const Norm&);
 void norm_backward(const Norm&);
+const char* norm_depthwise_forward(const NormDepthwise&);
+const char* norm_depthwise_backward(const NormDepthwise&);
 void pool_forward(const Pool&);
 void pool_backward(const Pool&);
 void transpose_batches(const Transpose&);

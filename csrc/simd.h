@@ -95,6 +95,17 @@ inline void store(float* p, vec v, int count) {
 #endif
 }
 
+// a * b + c, rounded once where the instruction set can, wherever it is inlined.
+inline vec multiply_add(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__AVX2__)
+    return vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+    return a * b + c;
+#endif
+}
+
 inline float sum(vec v) {
     float total = 0;
     for (int i = 0; i < kLanes; ++i) total += v[i];

@@ -98,13 +98,15 @@ struct Window {
             decltype(block)::sums(r, r.source + from, weights, bias, r.to + to, around);
         });
     }
-    static void products(const WindowRow<T>& r, float* sums) {
-        vec total[H * W] = {};
+    static void products(const WindowRow<T>& r, float* const* sums) {
+        vec total[H * W];
+#pragma GCC unroll 25
+        for (int k = 0; k < H * W; ++k) total[k] = load(sums[k]);
         each_block(r, [&](auto block, int64_t from, int64_t grad) __attribute__((always_inline)) {
             decltype(block)::products(r, r.source + from, r.grad + grad, total);
         });
 #pragma GCC unroll 25
-        for (int k = 0; k < H * W; ++k) store(sums + k * kLanes, total[k]);
+        for (int k = 0; k < H * W; ++k) store(sums[k], total[k]);
     }
 
   private:
@@ -138,7 +140,7 @@ struct Window {
 template <class T>
 struct WindowKernels {
     void (*sums)(const WindowRow<T>&, const float* weights, float bias, bool around);
-    void (*products)(const WindowRow<T>&, float* sums);  // H * W vectors, overwritten
+    void (*products)(const WindowRow<T>&, float* const* sums);  // added to H * W vectors
 };
 
 template <class T, int H, int W, int S>

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from sparse_ft.nn.deferred import Patience, take_unfinished
 from sparse_ft.nn.module import SparseModule, in_autocast_dtype
 from sparse_ft.nn.pending_conv import defer_conv
+from sparse_ft.nn.pending_depthwise import defer_depthwise
 from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
 from sparse_ft.ops.gradients import conv2d, conv2d_of_unfinished, to_layout
 
@@ -45,7 +46,8 @@ class SparseConv2d(SparseModule):
         super().__init__()
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, name, getattr(conv, name))
-        self._padding, self._patience = padding_of(conv), Patience()
+        self._padding = padding_of(conv)
+        self._patience, self._norm_follows = Patience(), Patience()  # without gradients, and with them
         self._set_weight(pattern, values, conv.bias, conv.weight)
 
     @classmethod
@@ -85,10 +87,13 @@ class SparseConv2d(SparseModule):
             if deferred is not None:
                 return deferred
         self._before_forward(x)
+        deferred = defer_depthwise(self, x)
+        if deferred is not None:
+            return deferred
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         weights = (self.weight, self.bias, self.pattern.tensors, *self.geometry)
-        # A depthwise convolution reads a value for little more than the memory's time: it has none for a norm.
+        # By itself a depthwise convolution reads a value for little more than memory's time: it has none for a norm.
         norm = take_unfinished(x) if self.pattern.weight_shape[1] > 1 else None
         if norm is not None:
             return conv2d_of_unfinished(x, norm.operands(), *weights)

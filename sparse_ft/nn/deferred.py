@@ -46,6 +46,7 @@ class Patience:
 
     def __init__(self) -> None:
         self.lost = False
+        self.read_alone = False  # a depthwise convolution has read the activation, and nobody else
 
     def lasts(self, x: Tensor) -> bool:
         """Whether the activated norm of `x` is to wait."""
@@ -75,8 +76,8 @@ class Pending(Protocol):
     def added(self, residual: Tensor) -> "Pending":
         """With what is added."""
 
-    def activated(self, activation: Activation) -> "Pending":
-        """With an activation at its end."""
+    def activated(self, activation: Activation) -> "Pending | None":
+        """With an activation at its end; None where it does not fit in."""
 
     def may_wait(self) -> bool:
         """Whether the activated output is to be left unfinished, too."""
@@ -121,20 +122,28 @@ class Operands:
                 )
 
 
+class Origin(Protocol):
+    """What a norm's input came from, with which the norm's gradient is computed."""
+
+    def followed_by(self, norm: "PendingNorm") -> "Deferred":
+        """A tensor that stands for the norm, in its place in the graph."""
+
+
 class PendingNorm(Operands):
     """A norm's operands. The statistics are measured; `residual` is to be added."""
 
     what = "a batch norm"
     __slots__ = (
-        "activation", "bias", "device", "dtype", "eps", "grad_enabled", "inference", "mean", "patience",
+        "activation", "before", "bias", "device", "dtype", "eps", "grad_enabled", "inference", "mean", "patience",
         "residual", "shape", "taken", "training", "variance", "weight", "x",
     )  # fmt: skip
 
     def __init__(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float,
-        training: bool, patience: Patience, activation: Activation,
+        training: bool, patience: Patience, activation: Activation, before: "Origin | None" = None,
     ):  # fmt: skip
-        """`training`: the statistics are those of x; `patience`: of the norm's module."""
+        """`training`: the statistics are those of x; `patience`: of the norm's module; `before`: what x came from, if
+        that goes back with the norm."""
         self.grad_enabled, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         if not training:  # running statistics, which go on
@@ -144,6 +153,7 @@ class PendingNorm(Operands):
         self.patience, self.activation = patience, activation
         self.residual: Tensor | None = None
         self.taken = False  # by a convolution
+        self.before = before
         self._versions: tuple = ()
         self._see(self.x, self.weight, self.bias)
 
@@ -153,11 +163,23 @@ class PendingNorm(Operands):
 
     def operands(self) -> tuple:
         """(x, weight, bias, mean, 1 / standard deviation, activation), as a convolution takes them."""
-        return self.x, self.weight, self.bias, self.mean, _rstd(self.variance, self.eps), self.activation
+        return (
+            self.x,
+            self.weight,
+            self.bias,
+            self.mean,
+            rstd_of(self.variance, self.eps),
+            self.activation,
+        )
 
     def compute(self) -> Tensor:
         """The norm with what follows it, differentiable."""
         self.check()
+        if self.before is not None and torch.is_grad_enabled():
+            deferred = self.defer()  # its place in the graph
+            with torch.no_grad():
+                deferred._value = self.compute()
+            return result_of(deferred)
         return batch_norm(
             self.x, self.weight, self.bias, self.mean, self.variance, self.eps, self.residual, self.activation,
             self.training,
@@ -165,7 +187,7 @@ class PendingNorm(Operands):
 
     def takes(self, residual: Tensor) -> bool:
         what = (residual.shape, residual.dtype, residual.device)
-        return what == (self.shape, self.dtype, self.device) and not residual.is_inference()
+        return self.before is None and what == (self.shape, self.dtype, self.device) and not residual.is_inference()
 
     def added(self, residual: Tensor) -> "PendingNorm":
         other = self._copy()
@@ -188,12 +210,14 @@ class PendingNorm(Operands):
 
     def defer(self) -> "Deferred":
         assert self.residual is None or self.activation is Activation.IDENTITY
-        deferred = _Defer.apply(self.x, self.weight, self.bias, self.residual, self)
-        deferred._node = _own(_GRAD_FN, deferred)
-        return deferred
+        if self.before is None:
+            deferred = _Defer.apply(self.x, self.weight, self.bias, self.residual, self)
+        else:
+            deferred = self.before.followed_by(self)
+        return placed(deferred)
 
 
-def _rstd(variance: Tensor, eps: float) -> Tensor:
+def rstd_of(variance: Tensor, eps: float) -> Tensor:
     """In the native norm's steps and so to its last bit, whoever computes the norm in the end."""
     return (variance.double() + ctypes.c_float(eps).value).sqrt_().reciprocal_().to(variance.dtype)
 
@@ -204,6 +228,7 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, pending):
         ctx.save_for_backward(x, weight, bias, pending.mean, pending.variance)
+        ctx.set_materialize_grads(False)  # an activation in place leaves none for what was there before it
         ctx.eps, ctx.activation, ctx.training = pending.eps, pending.activation, pending.training
         return Deferred(pending)
 
@@ -211,10 +236,19 @@ class _Defer(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias, mean, variance = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if not any(needs[:3]):
+        if grad is None or not any(needs[:3]):
             return None, None, None, grad, None
         grads = batch_norm_backward(
-            grad, x, weight, bias, mean, _rstd(variance, ctx.eps), None, None, ctx.activation, ctx.training
+            grad,
+            x,
+            weight,
+            bias,
+            mean,
+            rstd_of(variance, ctx.eps),
+            None,
+            None,
+            ctx.activation,
+            ctx.training,
         )
         grads = [grad if wanted else None for grad, wanted in zip(grads[:3], needs, strict=False)]
         return *grads, grad if needs[3] else None, None
@@ -318,6 +352,12 @@ def _own(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
+def placed(deferred: Deferred) -> Deferred:
+    """Remembers the place in the graph that a deferred output was made at."""
+    deferred._node = _own(_GRAD_FN, deferred)
+    return deferred
+
+
 def _has_another_history(deferred: Deferred) -> bool:
     """Whether a custom function has given it away as its own output."""
     return _own(_GRAD_FN, deferred) is not deferred._node
@@ -334,9 +374,10 @@ def _compute(deferred: Deferred) -> Tensor:
 def result_of(deferred: Deferred) -> Tensor:
     """The plain tensor that takes the deferred one's place, from now on."""
     now = deferred._stands_for
-    if now is not None and not _has_another_history(deferred):
-        return now
     if now is not None:
+        deferred._pending.looked_at()
+        if not _has_another_history(deferred):
+            return now
         deferred._value = now.detach()
     # Its place in the graph is that of the deferred one, whatever mode is on as it is computed.
     with torch.inference_mode(deferred._pending.inference):
@@ -392,8 +433,10 @@ def _activate(deferred: Deferred, activation: Activation, in_place: bool) -> Ten
     pending = pending_of(deferred)
     if pending is None or pending.activation:
         return None
-    pending.check()
     activated = pending.activated(activation)
+    if activated is None:
+        return None
+    pending.check()
     if not activated.may_wait():
         result = activated.compute()
         if in_place:
@@ -406,6 +449,14 @@ def _activate(deferred: Deferred, activation: Activation, in_place: bool) -> Ten
         _Become.apply(deferred, waiting)
     deferred._pending, deferred._node, deferred._value = activated, _own(_GRAD_FN, deferred), None
     return deferred
+
+
+def finish(deferred: Deferred) -> Tensor:
+    """`result_of` for one who may take it unfinished another time."""
+    if deferred._value is None:
+        with torch.inference_mode(deferred._pending.inference), torch.no_grad():
+            deferred._value = deferred._pending.compute()
+    return result_of(deferred)
 
 
 def take_unfinished(x: Tensor) -> PendingNorm | None:

@@ -4,7 +4,8 @@ torch's own batch norm copies a batch-last activation twice, and adding a residu
 their own. Where the activation is part of the module (timm's BatchNormAct2d) it is computed at once; where the
 model's code applies it, the output is deferred until then, and where a sparse convolution reads it, until that does
 (see deferred.py). In evaluation without gradients a sparse convolution before the norm does all of it (see
-pending_conv.py).
+pending_conv.py), and in training a depthwise one computes with the norms on both sides of it (see
+pending_depthwise.py).
 """
 
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn.deferred import Deferred, Patience, PendingNorm
 from sparse_ft.nn.pending_conv import join_norm
+from sparse_ft.nn.pending_depthwise import join_depthwise
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import Activation, is_batch_last, native_reason
 from sparse_ft.ops.gradients import batch_norm, batch_norm_statistics
@@ -61,6 +63,28 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -
     return y
 
 
+def _join(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -> Tensor | None:
+    """The norm of an output that waits for one, activated; None where `x` does not, or the norm cannot join."""
+    if type(x) is not Deferred:
+        return None
+    joined = join_norm(norm, x, activation)
+    if joined is not None:
+        return joined
+    weights = norm.weight, norm.bias, norm.running_mean
+    if not (norm.training or norm.running_mean is None) or native_reason(weights=weights) is not None:
+        return None
+    measured = join_depthwise(norm, x)
+    if measured is None:
+        return None
+    y, mean, variance, before = measured
+    _update_statistics(norm, y, mean, variance)
+    patience = _patience.setdefault(norm, Patience())
+    pending = PendingNorm(
+        y, norm.weight, norm.bias, mean, variance, norm.eps, True, patience, activation or Activation.IDENTITY, before
+    )
+    return pending.defer() if activation is None or pending.may_wait() else pending.compute()
+
+
 def _update_statistics(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor) -> None:
     if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
         return
@@ -77,7 +101,7 @@ class LayoutNorm(nn.BatchNorm2d):
     """torch's batch norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        joined = join_norm(self, x, None) if type(x) is Deferred else None
+        joined = _join(self, x, None)
         if joined is not None:
             return joined
         return _normalise(self, x, None) if _keeps_layout(self, x) else super().forward(x)
@@ -92,7 +116,7 @@ class LayoutNormAct(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         activation = _activation_of(self.act) if type(self.drop) is nn.Identity else None
-        joined = join_norm(self, x, activation) if type(x) is Deferred else None
+        joined = _join(self, x, activation)
         if joined is not None:
             return joined if activation is not None else self.act(self.drop(joined))
         if not _keeps_layout(self, x):

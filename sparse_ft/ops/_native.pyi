@@ -34,6 +34,16 @@ def weight_grad(
     grad_stride: _Sizes, row_ptr: int, col: int, value_grad: int, row_sums: int, nnz: int, programs: Programs | None,
     threads: int, norm: _Norm | None,
 ) -> None: ...  # fmt: skip
+def norm_depthwise_forward(
+    conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int,
+    y_stride: _Sizes, row_ptr: int, col: int, values: int, bias: int, nnz: int, threads: int, inner: tuple, mean: int,
+    variance: int,
+) -> None: ...  # fmt: skip
+def norm_depthwise_backward(
+    conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int, y: int,
+    y_stride: _Sizes, row_ptr: int, col: int, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int,
+    threads: int, inner: tuple, outer: tuple, grad_x: int, value_grad: int,
+) -> None: ...  # fmt: skip
 def count_nonzero(weight: int, numel: int, threads: int) -> int: ...
 def count_true(mask: int, numel: int, threads: int) -> int: ...
 def fingerprint(values: int, count: int) -> int: ...

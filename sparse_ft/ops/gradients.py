@@ -77,15 +77,15 @@ class _Conv2d(_Weighted):
 
 class _NormConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, *geometry
-    ):  # fmt: skip
+    def save(ctx, x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, *geometry):
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, values, *pattern)
         ctx.activation, ctx.training, ctx.geometry = activation, training, geometry
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _norm_conv2d(
-            x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, *geometry
-        )
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _NormConv2d.save(ctx, *inputs)
+        return _norm_conv2d(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -110,6 +110,21 @@ class _NormConv2d(torch.autograd.Function):
                 if needs[i]:
                     grads[i] = of_norm[i].to(tensor.dtype)
         return *grads, None, *[None] * len(ctx.geometry)
+
+
+class _NormDepthwise(_NormConv2d):
+    """The gradient of its first output. The statistics are for a norm, whose own gradient goes through them."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _NormConv2d.save(ctx, *inputs)
+        outputs = _norm_depthwise(*inputs)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return _NormConv2d.backward(ctx, grad)
 
 
 class _ConvOfUnfinished(torch.autograd.Function):
@@ -273,22 +288,24 @@ _DIFFERENTIABLE = {
     "linear": _Linear.apply,
     "conv2d": _Conv2d.apply,
     "norm_conv2d": _NormConv2d.apply,
+    "norm_depthwise": _NormDepthwise.apply,
     "batch_norm": _batch_norm_differentiable,
     "conv2d_norm": _conv2d_norm_differentiable,
     "max_pool2d": _MaxPool2d.apply,
     "avg_pool2d": _AvgPool2d.apply,
     "to_layout": _ToLayout.apply,
 }
-_linear, _conv2d, _norm_conv2d, _batch_norm, _conv2d_norm, _max_pool2d, _avg_pool2d, _to_layout = map(
-    below_autograd, _DIFFERENTIABLE
-)
-linear, conv2d, norm_conv2d, batch_norm, conv2d_norm, max_pool2d, avg_pool2d, to_layout = (
+(
+    _linear, _conv2d, _norm_conv2d, _norm_depthwise, _batch_norm, _conv2d_norm, _max_pool2d, _avg_pool2d, _to_layout
+) = map(below_autograd, _DIFFERENTIABLE)  # fmt: skip
+linear, conv2d, norm_conv2d, norm_depthwise, batch_norm, conv2d_norm, max_pool2d, avg_pool2d, to_layout = (
     caller(name, function) for name, function in _DIFFERENTIABLE.items()
 )
 linear_input_grad, linear_weight_grad = caller("linear_input_grad"), caller("linear_weight_grad")
 linear_weight_bias_grad = caller("linear_weight_bias_grad")
 conv2d_input_grad, conv2d_weight_grad = caller("conv2d_input_grad"), caller("conv2d_weight_grad")
 norm_conv2d_weight_grad = caller("norm_conv2d_weight_grad")
+norm_depthwise_backward = caller("norm_depthwise_backward")
 batch_norm_statistics, batch_norm_backward = caller("batch_norm_statistics"), caller("batch_norm_backward")
 max_pool2d_backward, avg_pool2d_backward = caller("max_pool2d_backward"), caller("avg_pool2d_backward")
 

@@ -294,6 +294,43 @@ def conv2d_weight_grad(
     return value_grad
 
 
+def norm_depthwise(
+    x, norm, values, bias, pattern, weight_shape, stride, padding, dilation, groups, y: Tensor, mean, variance
+) -> None:
+    """Fills y = conv2d of the norm (weight, bias, mean, rstd, activation), and y's mean and variance."""
+    conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    plan = plan_conv2d(x.shape, y.shape, conv, values.numel(), torch.get_num_threads())
+    _native.norm_depthwise_forward(
+        plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, y.data_ptr(),
+        plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), plan.nnz,
+        plan.threads, _beside(norm, False, None, None), mean.data_ptr(), variance.data_ptr(),
+    )  # fmt: skip
+
+
+def norm_depthwise_backward(
+    grad, y, outer, x, inner, training, values, pattern, weight_shape, stride, padding, dilation, groups,
+    grad_x, inner_grads, value_grad, outer_grads,
+) -> None:  # fmt: skip
+    """`outer` is y's norm, `inner` x's; the gradients are of (weight, bias)."""
+    conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    plan = plan_conv2d(x.shape, y.shape, conv, values.numel(), torch.get_num_threads())
+    _native.norm_depthwise_backward(
+        plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, grad.data_ptr(),
+        y.data_ptr(), plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), pattern[2].data_ptr(),
+        pattern[3].data_ptr(), pattern[4].data_ptr(), values.data_ptr(), plan.nnz,
+        plan.threads, _beside(inner, training, *inner_grads), _beside(outer, True, *outer_grads), grad_x.data_ptr(),
+        value_grad.data_ptr(),
+    )  # fmt: skip
+
+
+def _beside(norm, training: bool, grad_weight: Tensor | None, grad_bias: Tensor | None) -> tuple:
+    weight, bias, mean, rstd, activation = norm
+    return (
+        mean.data_ptr(), rstd.data_ptr(), _pointer(weight), _pointer(bias), activation, training,
+        _pointer(grad_weight), _pointer(grad_bias),
+    )  # fmt: skip
+
+
 _UNIT = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation, groups of a linear layer
 
 

@@ -8,6 +8,8 @@
     norm_conv2d       conv2d of activation(norm(x)), which is computed on its way in and never stored
     conv2d_norm       conv2d followed by a norm with given statistics, a residual and an activation, all of which may
                       be left out: activation(norm(conv2d) + residual), stored once
+    norm_depthwise    norm_conv2d of a depthwise convolution -> y, its mean and biased variance, with which a norm
+                      follows: norm_depthwise_backward goes back through all three at once
     batch_norm        (N, C, H, W) -> y = activation(norm(x) + residual), mean, 1/std, biased variance; measures the
                       statistics unless `mean` and `variance` are given; `training` says that they are x's own
     batch_norm_statistics   (N, C, H, W) -> mean, biased variance
@@ -50,6 +52,7 @@ from sparse_ft.ops.reference import wide_dtype
 library = torch.library.Library("sparse_ft", "DEF")
 _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd, int activation"
+_OUTER = "Tensor? outer_weight, Tensor? outer_bias, Tensor outer_mean, Tensor outer_rstd, int outer_activation"
 _RESULT = (
     "Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? variance, float eps, Tensor? residual,"
     " int activation"
@@ -68,6 +71,10 @@ for _schema in (
     f"conv2d_weight_grad(Tensor grad, Tensor x, Tensor[] pattern, {_CONV}) -> Tensor",
     f"norm_conv2d(Tensor x, {_NORM}, bool training, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}) -> Tensor",
     f"norm_conv2d_weight_grad(Tensor grad, Tensor x, {_NORM}, Tensor[] pattern, {_CONV}) -> Tensor",
+    f"norm_depthwise(Tensor x, {_NORM}, bool training, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV})"
+    " -> (Tensor, Tensor, Tensor)",
+    f"norm_depthwise_backward(Tensor grad, Tensor y, {_OUTER}, Tensor x, {_NORM}, bool training, Tensor values,"
+    f" Tensor[] pattern, {_CONV}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"conv2d_norm(Tensor x, Tensor values, Tensor? bias, Tensor[] pattern, {_CONV}, {_RESULT}) -> Tensor",
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps,"
     " Tensor? residual=None, int activation=0, bool training=False) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -264,6 +271,74 @@ def _norm_conv2d_weight_grad(
     return value_grad
 
 
+def _check_depthwise(weight_shape, groups) -> None:
+    if weight_shape[1] != 1 or weight_shape[0] != groups:
+        raise ValueError(f"a depthwise convolution has a filter for each channel, not {tuple(weight_shape)}")
+
+
+def _norm_depthwise(
+    x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride, padding,
+    dilation, groups,
+):  # fmt: skip
+    conv = (weight_shape, stride, padding, dilation, groups)
+    _check_depthwise(weight_shape, groups)
+    shape = conv2d_output_shape(x.shape, *conv)
+    _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
+    _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
+    if native_reason(x, weights=(norm_weight, norm_bias, mean, rstd, values, bias)) or x.numel() == 0:
+        normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
+        y = _batch_last(reference.conv2d(normalised, values, bias, pattern, *conv))
+        return y, *reference.batch_norm_statistics(y)
+    y = empty(shape, BATCH_LAST, x)
+    y_mean, y_variance = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    norm = (*map(_contiguous, (norm_weight, norm_bias, mean, rstd)), activation)
+    native.norm_depthwise(
+        native.as_batch_last(x), norm, values.contiguous(), _contiguous(bias), pattern, *conv, y, y_mean, y_variance
+    )
+    return y, y_mean, y_variance
+
+
+def _norm_depthwise_backward(
+    grad, y, outer_weight, outer_bias, outer_mean, outer_rstd, outer_activation, x, norm_weight, norm_bias, mean,
+    rstd, activation, training, values, pattern, weight_shape, stride, padding, dilation, groups,
+):  # fmt: skip
+    conv = (weight_shape, stride, padding, dilation, groups)
+    _check_depthwise(weight_shape, groups)
+    shape = conv2d_output_shape(x.shape, *conv)
+    for name, tensor in (("the gradient", grad), ("the output", y)):
+        check_same_shape(name, tensor, shape)
+    _check_conv2d(pattern, values, None, weight_shape, stride, groups)
+    _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
+    _check_norm(y, outer_weight, outer_bias, outer_mean, outer_rstd, outer_activation)
+    inner = (*map(_contiguous, (norm_weight, norm_bias, mean, rstd)), activation)
+    outer = (*map(_contiguous, (outer_weight, outer_bias, outer_mean, outer_rstd)), outer_activation)
+    if native_reason(grad, y, x, weights=(*inner[:4], *outer[:4], values)) or x.numel() == 0:
+        return _one_by_one(grad, y, outer, x, inner, training, values, pattern, *conv)
+    grad, y, x = map(native.as_batch_last, (grad, y, x))
+    grad_x, value_grad = empty(x.shape, BATCH_LAST, x), _value_grad(pattern, grad, x)
+    grads = [torch.empty(x.shape[1], dtype=torch.float32) for _ in range(4)]
+    native.norm_depthwise_backward(
+        grad, y, outer, x, inner, training, values.contiguous(), pattern, *conv,
+        grad_x, grads[:2], value_grad, grads[2:],
+    )  # fmt: skip
+    return grad_x, *grads[:2], value_grad, *grads[2:]
+
+
+def _one_by_one(grad, y, outer, x, inner, training, values, pattern, weight_shape, stride, padding, dilation, groups):
+    """What `norm_depthwise_backward` is made of."""
+
+    def back(grad, x, norm, training):
+        weight, bias, mean, rstd, activation = norm
+        return reference.batch_norm_backward(grad, x, weight, bias, mean, rstd, None, None, activation, training)
+
+    conv = (weight_shape, stride, padding, dilation, groups)
+    grad_y, *outer_grads, _ = back(grad, y, outer, True)
+    value_grad = reference.conv2d_weight_grad(grad_y, reference.normalise(x, *inner), pattern, *conv)
+    through = reference.conv2d_input_grad(grad_y, values, pattern, *conv, x.shape)
+    grad_x, *inner_grads, _ = back(through, x, inner, training)
+    return _batch_last(grad_x), *inner_grads, value_grad, *outer_grads
+
+
 def _conv2d_norm(
     x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, norm_weight, norm_bias, mean, variance,
     eps, residual, activation,
@@ -420,6 +495,8 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "conv2d_weight_grad": _conv2d_weight_grad,
     "norm_conv2d": _norm_conv2d,
     "norm_conv2d_weight_grad": _norm_conv2d_weight_grad,
+    "norm_depthwise": _norm_depthwise,
+    "norm_depthwise_backward": _norm_depthwise_backward,
     "conv2d_norm": _conv2d_norm,
     "batch_norm": _batch_norm,
     "batch_norm_statistics": _batch_norm_statistics,
@@ -495,6 +572,30 @@ def _(
     grad, x, norm_weight, norm_bias, mean, rstd, activation, pattern, weight_shape, stride, padding, dilation, groups
 ):
     return grad.new_empty(_nnz(pattern), dtype=wide_dtype(grad))
+
+
+@torch.library.register_fake("sparse_ft::norm_depthwise")
+def _(
+    x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride, padding,
+    dilation, groups,
+):  # fmt: skip
+    shape = conv2d_output_shape(x.shape, weight_shape, stride, padding, dilation, groups)
+    statistics = [x.new_empty(shape[1], dtype=wide_dtype(x)) for _ in range(2)]
+    return empty(shape, BATCH_LAST, x), *statistics
+
+
+@torch.library.register_fake("sparse_ft::norm_depthwise_backward")
+def _(
+    grad, y, outer_weight, outer_bias, outer_mean, outer_rstd, outer_activation, x, norm_weight, norm_bias, mean,
+    rstd, activation, training, values, pattern, weight_shape, stride, padding, dilation, groups,
+):  # fmt: skip
+    channels = x.shape[1]
+    return (
+        empty(x.shape, BATCH_LAST, x),
+        *(mean.new_empty(channels) for _ in range(2)),
+        grad.new_empty(_nnz(pattern), dtype=wide_dtype(grad)),
+        *(outer_mean.new_empty(channels) for _ in range(2)),
+    )
 
 
 @torch.library.register_fake("sparse_ft::batch_norm")

@@ -1,0 +1,345 @@
+// Depthwise convolutions in batch-last layout, row by row: a channel is one contiguous block, and a row of positions
+// reads a few rows of its own channel, which stay in the first-level cache. No packing.
+#pragma once
+#include <algorithm>
+
+#include "bypass.h"
+#include "panel.h"
+#include "result.h"
+#include "window.h"
+
+namespace sparse_ft {
+namespace SPARSE_FT_ISA {
+
+// A nonzero at the positions that it reaches.
+struct Tap {
+    int64_t offset;  // from the position's own place in the source
+    float weight;
+    int32_t index;  // among the channel's nonzeros
+};
+
+// sums = bias + the taps' products, for V vectors.
+template <class T, int V>
+void write_vectors(const std::vector<Tap>& taps, const T* from, float bias, T* to, bool around) {
+    vec total[V];
+    for (int v = 0; v < V; ++v) total[v] = splat(bias);
+    for (const Tap& tap : taps) {
+        const vec weight = splat(tap.weight);
+        for (int v = 0; v < V; ++v) total[v] += weight * load(from + tap.offset + v * kLanes);
+    }
+    for (int v = 0; v < V; ++v)
+        if (around)
+            store_around(to + v * kLanes, total[v]);
+        else
+            store(to + v * kLanes, total[v]);
+}
+
+// Either product of a depthwise convolution. Where a channel's source, gradient and destination begin is the caller's
+// to say: rows of them need not be in memory before and after.
+template <class T>
+class DepthwiseRows {
+    struct Entry {                   // a nonzero of the channel
+        int64_t source_y, source_x;  // at position 0
+        int64_t column;              // of the kernel
+        float weight;
+        int32_t index;
+    };
+    struct Taps {                    // of a stretch
+        std::vector<Entry> entries;  // that reach it
+        int64_t low, high;           // rows [low, high) of the source, at which all of them are within it
+        size_t first, end;           // those within it at a row, which are
+        std::vector<Tap> list;
+        const WindowKernels<T>* window = nullptr;  // if they are a rectangle without a gap
+        float weights[kWindowTaps];                // of a window
+    };
+    struct Stretch {  // positions of a row that the same taps reach
+        int64_t first, end;
+        std::vector<char> reached;  // by kernel column
+    };
+
+  public:
+    // One channel of one plane, while its rows are computed.
+    class Channel {
+        friend class DepthwiseRows;
+        int64_t plane, number;
+        std::vector<Entry> entries;
+        std::vector<Taps> taps;
+        std::vector<float> sums;  // of products, a vector each
+    };
+
+    // `around`: whether sums go to memory around the caches, where they lie so that they can.
+    DepthwiseRows(const Product& product, bool around) : q(product), g(product.geometry), bypass(around) {
+        for (int64_t i = 0; i < q.plane_count; ++i) stretches.push_back(cut(q.planes[i]));
+    }
+
+    // Null, or what is wrong with a channel's nonzeros; to be asked of all before the rest.
+    const char* check(int64_t plane, int64_t row) const {
+        const Plane& p = q.planes[plane];
+        const int32_t begin = p.row_ptr[row], end = p.row_ptr[row + 1];
+        if (begin < 0 || end < begin || end > q.nnz)
+            return "row pointers are not ascending within the number of nonzeros";
+        for (int32_t j = begin, before = -1; j < end; before = q.col[j++]) {
+            const int32_t k = q.col[j];
+            if (k <= before || k >= g.taps_h * g.taps_w)
+                return "column indices are out of range or not ascending within a row";
+            if (p.tap_y[k / g.taps_w] == kNoTap || p.tap_x[k % g.taps_w] == kNoTap)
+                return "an entry's kernel position does not belong to its stride phase";
+            if (q.perm && uint32_t(q.perm[j]) >= uint64_t(q.nnz)) return "permutation is out of range";
+        }
+        return nullptr;
+    }
+
+    void begin(int64_t plane, int64_t number, Channel* channel) const {
+        const Plane& p = q.planes[plane];
+        const int32_t first = p.row_ptr[number], end = p.row_ptr[number + 1];
+        channel->plane = plane;
+        channel->number = number;
+        find_entries(p, first, end, &channel->entries);
+        channel->sums.assign(q.value_grad ? size_t(end - first) * kLanes : 0, 0.0f);
+        const std::vector<Stretch>& all = stretches[size_t(plane)];
+        std::vector<Taps>& taps = channel->taps;
+        if (taps.size() < all.size()) taps.resize(all.size());
+        for (size_t i = 0; i < all.size(); ++i) {
+            taps[i].entries.clear();
+            for (const Entry& entry : channel->entries)
+                if (all[i].reached[size_t(entry.column)]) taps[i].entries.push_back(entry);
+            const std::vector<Entry>& entries = taps[i].entries;
+            taps[i].low = entries.empty() ? 0 : -entries.front().source_y;
+            taps[i].high = entries.empty() ? g.source_h : g.source_h - entries.back().source_y;
+            taps[i].end = entries.size() + 1;  // no row's yet
+        }
+    }
+
+    // Row `y` of positions. The source's row r is at source + r * q.source.y, and so for the gradient; `to` is where
+    // the channel's destination begins.
+    void sums(int64_t y, const T* source, T* to, Channel* channel) const {
+        each_stretch(y, source, channel, [&](const Stretch& stretch, const Taps& taps, const T* from) {
+            write_sums(*channel, y, stretch, taps, from, to);
+        });
+    }
+    void products(int64_t y, const T* source, const T* grad, Channel* channel) const {
+        each_stretch(y, source, channel, [&](const Stretch& stretch, const Taps& taps, const T* from) {
+            add_products(y, stretch, taps, from, grad, channel->sums.data());
+        });
+    }
+    // After all rows of products.
+    void write_products(const Channel& channel) const {
+        const int32_t* row_ptr = q.planes[channel.plane].row_ptr + channel.number;
+        for (int32_t j = row_ptr[0]; j < row_ptr[1]; ++j)
+            q.value_grad[j] = sum(load(channel.sums.data() + (j - row_ptr[0]) * kLanes));
+    }
+
+  private:
+    static constexpr int kMaxTogether = 12;  // taps whose sums stay in registers
+
+    const Product& q;
+    const Geometry& g;
+    const bool bypass;
+    std::vector<std::vector<Stretch>> stretches;  // of each plane
+
+    std::vector<Stretch> cut(const Plane& p) const {
+        // Kernel column k reaches the positions [first[k], end[k]): those whose source lies within the width.
+        std::vector<int64_t> first(size_t(g.taps_w), p.width), end(size_t(g.taps_w), 0), cuts { 0, p.width };
+        for (int64_t k = 0; k < g.taps_w; ++k) {
+            const int64_t tap = p.tap_x[k], step = g.step_x;
+            if (tap == kNoTap) continue;
+            first[k] = std::min(tap >= 0 ? 0 : (-tap + step - 1) / step, p.width);
+            end[k] = std::clamp<int64_t>(tap >= g.source_w ? 0 : (g.source_w - 1 - tap) / step + 1, 0, p.width);
+            cuts.insert(cuts.end(), {first[k], end[k]});
+        }
+        std::sort(cuts.begin(), cuts.end());
+        std::vector<Stretch> found;
+        for (size_t i = 1; i < cuts.size(); ++i) {
+            found.push_back({cuts[i - 1], cuts[i], {}});
+            for (int64_t k = 0; k < g.taps_w; ++k)
+                found.back().reached.push_back(first[k] <= cuts[i - 1] && cuts[i] <= end[k]);
+        }
+        return found;
+    }
+
+    template <class Body>
+    void each_stretch(int64_t y, const T* source, Channel* channel, Body body) const {
+        const std::vector<Stretch>& all = stretches[size_t(channel->plane)];
+        const int64_t row = y * g.step_y;
+        for (size_t i = 0; i < all.size(); ++i) {
+            clip(row, &channel->taps[i]);
+            body(all[i], channel->taps[i], source + row * q.source.y + all[i].first * g.step_x * q.source.x);
+        }
+    }
+
+    void find_entries(const Plane& p, int32_t begin, int32_t end, std::vector<Entry>* entries) const {
+        entries->clear();
+        for (int32_t j = begin; j < end; ++j) {
+            const int64_t row = q.col[j] / g.taps_w, column = q.col[j] % g.taps_w;
+            entries->push_back({p.tap_y[row], p.tap_x[column], column,
+                                q.values ? q.values[q.perm ? q.perm[j] : j] : 0.0f, j - begin});
+        }
+        // In the order of the source, which is that of a window's taps; an input gradient's entries come backwards.
+        std::sort(entries->begin(), entries->end(), [](const Entry& a, const Entry& b) {
+            return a.source_y != b.source_y ? a.source_y < b.source_y : a.source_x < b.source_x;
+        });
+    }
+
+    // The taps of a row of positions; most rows have those of the row before.
+    void clip(int64_t row, Taps* taps) const {
+        const std::vector<Entry>& entries = taps->entries;
+        size_t first = 0, end = entries.size();
+        if (taps->first == 0 && taps->end == end && row >= taps->low && row < taps->high) return;
+        while (first < end && row + entries[first].source_y < 0) ++first;
+        while (first < end && row + entries[end - 1].source_y >= g.source_h) --end;
+        if (first == taps->first && end == taps->end) return;
+        taps->first = first;
+        taps->end = end;
+        taps->window = g.batch % kLanes == 0 ? window_of(entries, first, end) : nullptr;
+        taps->list.resize(end - first);
+        for (size_t i = 0; i < end - first; ++i) {
+            const Entry& entry = entries[first + i];
+            taps->list[i] = {entry.source_y * q.source.y + entry.source_x * q.source.x, entry.weight, entry.index};
+            if (taps->window) taps->weights[i] = entry.weight;
+        }
+    }
+
+    const WindowKernels<T>* window_of(const std::vector<Entry>& entries, size_t first, size_t end) const {
+        if (first == end) return nullptr;
+        const int64_t y = entries[first].source_y, x = entries[first].source_x;
+        int64_t height = 0, width = 0;
+        while (first + size_t(width) < end && entries[first + size_t(width)].source_y == y) ++width;
+        for (size_t i = first; i < end; ++height)
+            for (int64_t column = 0; column < width; ++column, ++i)
+                if (i == end || entries[i].source_y != y + height || entries[i].source_x != x + column) return nullptr;
+        return find_window<T>(height, width, g.step_x);
+    }
+    WindowRow<T> window_row(const Stretch& stretch, const T* from, T* to, const T* grad, int64_t step) const {
+        return {from, q.source.y, q.source.x, to, grad, step, stretch.end - stretch.first, g.batch};
+    }
+
+    // Positions that follow one another without a gap on both sides are one run of lanes.
+    struct Runs {
+        int64_t count, length, from_step, to_step;
+    };
+    Runs runs(const Stretch& stretch, const View& to, int64_t to_step) const {
+        const int64_t positions = stretch.end - stretch.first, from = g.step_x * q.source.x, step = to_step * to.x;
+        if (from == g.batch && step == g.batch) return {1, positions * g.batch, 0, 0};
+        return {positions, g.batch, from, step};
+    }
+
+    void write_sums(const Channel& channel, int64_t y, const Stretch& stretch, const Taps& taps, const T* from,
+                    T* dest) const {
+        const View& d = q.dest;
+        const Plane& p = q.planes[channel.plane];
+        const Runs r = runs(stretch, d, g.dest_step_x);
+        T* to = dest + (p.dest_y + y * g.dest_step_y) * d.y + (p.dest_x + stretch.first * g.dest_step_x) * d.x;
+        const int64_t step = g.dest_step_x * d.x;
+        if constexpr (std::is_same_v<T, float>)
+            if (q.result != nullptr) return write_finished(channel.number, stretch, taps, from, to, r, step);
+        write_sums(channel.number, stretch, taps, from, to, r, step, bypass);
+    }
+
+    // With what follows a product's sums; a row of them waits in the first-level cache.
+    void write_finished(int64_t channel, const Stretch& stretch, const Taps& taps, const float* from, float* to,
+                        Runs staged, int64_t step) const {
+        const int64_t positions = stretch.end - stretch.first;
+        thread_local Scratch scratch;
+        float* stage = scratch.floats(size_t(positions * g.batch));
+        staged.to_step = g.batch;
+        write_sums(channel, stretch, taps, from, stage, staged, g.batch, false);
+        const int64_t pieces = step == g.batch ? 1 : positions, length = positions * g.batch / pieces;
+        with_result(q, [&](auto result) {
+            for (int64_t i = 0; i < pieces; ++i, to += step, stage += length) {
+                result.finish(channel, stage, to - static_cast<float*>(q.dest.data), length);
+                write_run(to, stage, length, bypass);
+            }
+        });
+    }
+
+    void write_sums(int64_t channel, const Stretch& stretch, const Taps& taps, const T* from, T* to, const Runs& r,
+                    int64_t step, bool bypass) const {
+        const float bias = q.bias ? q.bias[channel] : 0.0f;
+        if (taps.window) {
+            // Parts of lines that do not follow one another are better not stored around the caches.
+            const bool around = bypass && aligned_for_vectors(to) && step % kLanes == 0 &&
+                                (step == g.batch || g.batch * sizeof(T) % 64 == 0);
+            return taps.window->sums(window_row(stretch, from + taps.list[0].offset, to, nullptr, step), taps.weights,
+                                     bias, around);
+        }
+        using Kernel = decltype(&write_vectors<T, 1>);
+        static constexpr Kernel write[] = {nullptr,
+                                           write_vectors<T, 1>,
+                                           write_vectors<T, 2>,
+                                           write_vectors<T, 3>,
+                                           write_vectors<T, 4>,
+                                           write_vectors<T, 5>,
+                                           write_vectors<T, 6>,
+                                           write_vectors<T, 7>,
+                                           write_vectors<T, 8>};
+        for (int64_t i = 0; i < r.count; ++i, to += r.to_step) {
+            const bool around = bypass && aligned_for_vectors(to) && (r.count == 1 || r.length * sizeof(T) % 64 == 0);
+            int64_t lane = 0;
+            while (lane + kLanes <= r.length) {  // several vectors at a time, whose sums do not wait for each other
+                const int64_t vectors = std::min<int64_t>((r.length - lane) / kLanes, 8);
+                write[vectors](taps.list, from + i * r.from_step + lane, bias, to + lane, around);
+                lane += vectors * kLanes;
+            }
+            for (; lane < r.length; ++lane) {
+                float total = bias;
+                for (const Tap& tap : taps.list)
+                    total += tap.weight * widen(from[tap.offset + i * r.from_step + lane]);
+                store_one(to + lane, total);
+            }
+        }
+    }
+
+    void add_products(int64_t y, const Stretch& stretch, const Taps& taps, const T* from, const T* grad_of_channel,
+                      float* sums) const {
+        const View& d = q.grad;
+        const Runs r = runs(stretch, d, 1);
+        const T* grad = grad_of_channel + y * d.y + stretch.first * d.x;
+        if (taps.window) {
+            float* places[kWindowTaps];
+            for (size_t i = 0; i < taps.list.size(); ++i) places[i] = sums + taps.list[i].index * kLanes;
+            taps.window->products(window_row(stretch, from + taps.list[0].offset, nullptr, grad, d.x), places);
+            return;
+        }
+        for (size_t first = 0; first < taps.list.size(); first += kMaxTogether) {
+            const int count = int(std::min<size_t>(kMaxTogether, taps.list.size() - first));
+            add_some(taps.list.data() + first, count, from, grad, r, sums,
+                     std::make_integer_sequence<int, kMaxTogether>());
+        }
+    }
+
+    template <int... I>
+    static void add_some(const Tap* taps, int count, const T* source, const T* grad, const Runs& r, float* sums,
+                         std::integer_sequence<int, I...>) {
+        using Kernel = void (*)(const Tap*, const T*, const T*, const Runs&, float*);
+        static constexpr Kernel kernels[] = {add_taps<I + 1>...};
+        kernels[count - 1](taps, source, grad, r, sums);
+    }
+
+    template <int N>
+    static void add_taps(const Tap* taps, const T* source, const T* grad, const Runs& r, float* sums) {
+        vec total[N];
+        const T* from[N];
+        for (int t = 0; t < N; ++t) {
+            total[t] = load(sums + taps[t].index * kLanes);
+            from[t] = source + taps[t].offset;
+        }
+        for (int64_t i = 0; i < r.count; ++i) {
+            const T* line = grad + i * r.to_step;
+            const int64_t at = i * r.from_step;
+            int64_t lane = 0;
+            for (; lane + kLanes <= r.length; lane += kLanes) {
+                const vec v = load(line + lane);
+                for (int t = 0; t < N; ++t) total[t] += v * load(from[t] + at + lane);
+            }
+            if (lane < r.length) {
+                const int rest = int(r.length - lane);
+                const vec v = load_some(line + lane, rest);
+                for (int t = 0; t < N; ++t) total[t] += v * load_some(from[t] + at + lane, rest);
+            }
+        }
+        for (int t = 0; t < N; ++t) store(sums + taps[t].index * kLanes, total[t]);
+    }
+};
+
+}  // namespace SPARSE_FT_ISA
+}  // namespace sparse_ft
