@@ -7,6 +7,7 @@
 // Forward is a gather product over the pattern's rows; the input gradient is the same product over
 // the transposed rows, once per phase of the stride; a linear layer is the case of one position.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <string>
 
@@ -103,6 +104,9 @@ struct Norm {
     float *grad_weight, *grad_bias;  // may be null
     int threads;
 };
+
+// To the last bit the same, whoever computes a norm.
+inline float reciprocal_deviation(float variance, float eps) { return float(1.0 / std::sqrt(double(variance) + eps)); }
 
 // A depthwise convolution in batch-last layout with the norms on both sides of it. The inner norm's x is the
 // convolution's source, the outer norm's x its result. Backward, the gradient of the outer norm's result comes in, and

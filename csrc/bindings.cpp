@@ -4,7 +4,6 @@
 
 #include <array>
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -94,8 +93,8 @@ class Exit {
         if (!arguments) return;
         const auto& [mean, variance, weight, bias, eps, residual, activation] = *arguments;
         scale.assign(size_t(rows), 1.0f);
-        for (int64_t r = 0; variance && r < rows; ++r) {  // in the steps of norm_forward
-            const float rstd = float(1.0 / std::sqrt(double(at<const float>(variance)[r]) + eps));
+        for (int64_t r = 0; variance && r < rows; ++r) {
+            const float rstd = reciprocal_deviation(at<const float>(variance)[r], eps);
             scale[size_t(r)] = rstd * (weight ? at<const float>(weight)[r] : 1.0f);
         }
         if (!mean || !bias) zeros.assign(size_t(rows), 0.0f);
@@ -389,6 +388,17 @@ PYBIND11_MODULE(_native, m) {
               py::gil_scoped_release release;
               active_kernels().norm_backward(q);
           });
+    m.def("reciprocal_deviation", [](Address variance, int64_t count, float eps, Address rstd) {
+        for (int64_t c = 0; c < count; ++c)
+            at<float>(rstd)[c] = reciprocal_deviation(at<const float>(variance)[c], eps);
+    });
+    m.def("update_running", [](Address running, Address measured, int64_t count, float momentum, float correction) {
+        for (int64_t c = 0; c < count; ++c) {  // as torch.lerp: exact at both ends
+            float& value = at<float>(running)[c];
+            const float goal = at<const float>(measured)[c] * correction, way = goal - value;
+            value = momentum < 0.5f ? value + momentum * way : goal - way * (1 - momentum);
+        }
+    });
     py::class_<PoolAxis>(m, "PoolAxis")
         .def(py::init([](int64_t size, std::vector<int32_t> first, int32_t taps, int32_t step) {
             return std::make_unique<PoolAxis>(size, std::move(first), taps, step, std::vector<float>());

@@ -28,6 +28,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const bool guarded = std::strstr(kernels.name, "jit") != nullptr;
     try {
         switch (op % 16) {
+            case 5:
+                fuzz_norm_depthwise(in, kernels, guarded);
+                break;
             case 6:
                 fuzz_block(in);
                 break;

@@ -195,6 +195,7 @@ inline double activated(Activation activation, double v) {
 
 // What is fuzzed: fuzz_product.cpp, fuzz_activation.cpp, fuzz_weight.cpp.
 void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded);
+void fuzz_norm_depthwise(Bytes& in, const Kernels& kernels, bool guarded);
 void fuzz_norm(Bytes& in, const Kernels& kernels);
 void fuzz_pool(Bytes& in, const Kernels& kernels);
 void fuzz_transpose(Bytes& in, const Kernels& kernels, bool guarded);

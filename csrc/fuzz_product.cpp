@@ -225,5 +225,131 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
     }
 }
 
+// A depthwise convolution with the norms on both sides of it: to the last bit what the kernels do one after another.
+void fuzz_norm_depthwise(Bytes& in, const Kernels& kernels, bool guarded) {
+    Convolution c{};
+    const int64_t channels = c.groups = c.weight[0] = in.number(2, 12);
+    c.weight[1] = 1;
+    for (int i = 0; i < 2; ++i) {
+        c.weight[size_t(2 + i)] = in.number(1, 5);
+        c.stride[size_t(i)] = in.number(1, 3);
+        c.padding[size_t(i)] = in.number(0, 4);
+        c.dilation[size_t(i)] = in.number(1, 3);
+    }
+    check(c);
+    const int64_t n = in.number(1, 40), height = in.number(1, 16), width = in.number(1, 12);
+    product_of({n, height, width});
+    Two out;
+    for (int i = 0; i < 2; ++i) {
+        const int64_t extent = (i ? width : height) + 2 * c.padding[size_t(i)];
+        const int64_t reach = c.dilation[size_t(i)] * (c.weight[size_t(2 + i)] - 1) + 1;
+        if (extent < reach) throw TooLarge();
+        out[size_t(i)] = (extent - reach) / c.stride[size_t(i)] + 1;
+    }
+    const int64_t taps = c.weight[2] * c.weight[3], t_rows = product_of({c.stride[0], c.stride[1], channels});
+    const int64_t x_count = product_of({n, channels, height, width}),
+                  y_count = product_of({n, channels, out[0], out[1]});
+    const uint8_t density = in.byte();
+    const uint32_t seed = in.word();
+    std::minstd_rand random(seed + 1);
+    Buffer<uint8_t> mask(channels * taps, guarded);
+    Floats weight(channels * taps, guarded);
+    fill(weight, seed);
+    for (int64_t i = 0; i < mask.size(); ++i) mask[i] = random() % 256 <= density;
+    const int threads = int(in.small(1, 3));
+    const int64_t nnz = count_true(mask.get(), mask.size(), threads);
+    Ints row_ptr(channels + 1, guarded), col(nnz, guarded), t_row_ptr(t_rows + 1, guarded), t_col(nnz, guarded),
+        perm(nnz, guarded);
+    Floats values(nnz, guarded);
+    build_rows(weight.get(), mask.get(), channels, taps, row_ptr.get(), col.get(), values.get(), threads);
+    build_transpose(pattern_shape(c), row_ptr.get(), col.get(), t_row_ptr.get(), t_col.get(), perm.get(), threads);
+
+    const Element element = element_of(int(in.small(0, 1)));
+    Floats x(x_count, guarded), grad(y_count, guarded), activated_x(x_count, false), y(y_count, false),
+        together_y(y_count, guarded), grad_y(y_count, false), grad_x(x_count, false),
+        together_grad_x(x_count, guarded);
+    fill(x, seed + 2), fill(grad, seed + 3);
+    const Stored sx(x, element, guarded), sgrad(grad, element, guarded), sactivated(activated_x, element),
+        sy(y, element), sy2(together_y, element, guarded), sgy(grad_y, element), sgx(grad_x, element),
+        sgx2(together_grad_x, element, guarded);
+    Floats numbers(16 * channels, false), value_grad(nnz, guarded), together_value_grad(nnz, guarded);
+    fill(numbers, seed + 4);
+    const auto part = [&](int i) { return numbers.get() + i * channels; };
+    const auto norm = [&](const Stored& of, int64_t size, int first, int activation) {
+        Norm q{};
+        q.channels = channels;
+        q.size = size;
+        q.element = element;
+        q.activation = activation_of(activation);
+        q.x = of.get();
+        q.weight = part(first), q.bias = part(first + 1), q.mean = part(first + 2), q.variance = part(first + 3);
+        q.rstd = part(first + 4), q.grad_weight = part(first + 5), q.grad_bias = part(first + 6);
+        q.eps = 1e-3f;
+        q.measure = q.training = true;
+        q.threads = threads;
+        return q;
+    };
+    const Four size{n, channels, height, width};
+    const auto view_of = [&](const Stored& of, int64_t h, int64_t w) {
+        return layout(of.get(), n, channels, h, w, true);
+    };
+    std::snprintf(described, sizeof described,
+                  "%s depthwise between norms, type %d: weight %ld %ld %ld, stride %ld %ld, padding %ld %ld, "
+                  "dilation %ld %ld, input %ld %ld %ld, output %ld %ld, nnz %ld, threads %d",
+                  kernels.name, int(element), long(channels), long(c.weight[2]), long(c.weight[3]), long(c.stride[0]),
+                  long(c.stride[1]), long(c.padding[0]), long(c.padding[1]), long(c.dilation[0]), long(c.dilation[1]),
+                  long(n), long(height), long(width), long(out[0]), long(out[1]), long(nnz), threads);
+
+    // One after another.
+    const int first_activation = in.byte() % 7, second_activation = in.byte() % 7;
+    Norm inner = norm(sx, n * height * width, 0, first_activation),
+         outer = norm(sy, n * out[0] * out[1], 7, second_activation);
+    inner.y = sactivated.get();
+    kernels.norm_forward(inner);
+    ForwardProduct f(c, size, view_of(sactivated, height, width), out, row_ptr.get(), col.get(), nnz, nullptr,
+                     threads);
+    f.product.element = element;
+    f.product.values = values.get();
+    f.product.dest = view_of(sy, out[0], out[1]);
+    if (kernels.gather_product(f.product) != nullptr) fail("a built pattern is refused");
+    kernels.norm_forward(outer);
+    outer.grad = sgrad.get(), outer.grad_x = sgy.get();
+    kernels.norm_backward(outer);
+    f.product.grad = view_of(sgy, out[0], out[1]);
+    f.product.value_grad = value_grad.get();
+    if (kernels.sampled_product(f.product) != nullptr) fail("a built pattern is refused");
+    InputGradProduct g(c, size, view_of(sgy, out[0], out[1]), out, view_of(sgx, height, width), t_row_ptr.get(),
+                       t_col.get(), perm.get(), values.get(), nnz, nullptr, threads);
+    g.product.element = element;
+    if (kernels.gather_product(g.product) != nullptr) fail("a built pattern is refused");
+    inner.grad = inner.grad_x = sgx.get();
+    kernels.norm_backward(inner);
+    const std::vector<float> grads(part(0), part(14));
+
+    // Together.
+    ForwardProduct forward(c, size, view_of(sx, height, width), out, row_ptr.get(), col.get(), nnz, nullptr, threads);
+    forward.product.element = element;
+    forward.product.values = values.get();
+    forward.product.dest = view_of(sy2, out[0], out[1]);
+    outer.x = sy2.get();
+    if (kernels.norm_depthwise_forward({forward.product, {}, inner, outer}) != nullptr)
+        fail("a built pattern is refused");
+    InputGradProduct back(c, size, view_of(sgrad, out[0], out[1]), out, view_of(sgx2, height, width), t_row_ptr.get(),
+                          t_col.get(), perm.get(), values.get(), nnz, nullptr, threads);
+    back.product.element = element;
+    forward.product.value_grad = together_value_grad.get();
+    if (kernels.norm_depthwise_backward({back.product, forward.product, inner, outer}) != nullptr)
+        fail("a built pattern is refused");
+    for (const Stored* stored : {&sy, &sy2, &sgx, &sgx2}) stored->finish();
+    const auto same = [](const float* a, const float* b, int64_t count) {
+        for (int64_t i = 0; i < count; ++i)
+            if (a[i] != b[i] && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+        return true;
+    };
+    if (!same(y.get(), together_y.get(), y_count) || !same(grad_x.get(), together_grad_x.get(), x_count) ||
+        !same(value_grad.get(), together_value_grad.get(), nnz) || !same(grads.data(), part(0), 14 * channels))
+        fail("a depthwise convolution between norms differs from one after another");
+}
+
 }  // namespace fuzz
 }  // namespace sparse_ft

@@ -6,8 +6,13 @@
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 
-constexpr int64_t kGeneratedPanel = 448 << 10;  // bytes: most of it stays in the second-level cache
-constexpr int64_t kRunVectors = 32;             // of a tile row, at most
+// Bytes of a panel, as measured. The second-level cache has room for what streams by, and for the panel of a neighbour
+// on the same core. Sums over lanes, which a weight gradient pays once a tile, ask for larger ones; so do linear
+// layers, whose panels hold all their inputs.
+constexpr int64_t kTokenPanel = 448 << 10;
+constexpr int64_t kGatherPanel = 256 << 10;
+constexpr int64_t kSampledPanel = 320 << 10;
+constexpr int64_t kRunVectors = 32;  // of a tile row, at most
 
 // Vectors of a tile row: the code steps from one to the next.
 struct Run {
@@ -29,17 +34,18 @@ inline TileLimits generated_limits(const Product& q) {
     const Geometry& g = q.geometry;
     const int64_t vector_bytes = g.groups * g.channels_per_group * kLanes * 4;
     if (q.source.n != 1) {  // token-major
-        const int64_t vectors = even_vectors(q, std::clamp<int64_t>(kGeneratedPanel / vector_bytes, 8, kRunVectors));
-        return {vectors * kLanes, vectors * kLanes, 1, kGeneratedPanel, false, kLanes};
+        const int64_t vectors = even_vectors(q, std::clamp<int64_t>(kTokenPanel / vector_bytes, 8, kRunVectors));
+        return {vectors * kLanes, vectors * kLanes, 1, kTokenPanel, false, kLanes};
     }
+    const int64_t bytes = q.value_grad ? kSampledPanel : kGatherPanel;
     int64_t positions = 0;
     for (int64_t i = 0; i < q.plane_count; ++i)
         positions = std::max(positions, q.planes[i].height * q.planes[i].width);
     if (positions <= 1) {
-        const int64_t vectors = even_vectors(q, std::clamp<int64_t>(kGeneratedPanel / vector_bytes, 4, kRunVectors));
-        return {vectors * kLanes, vectors * kLanes, 1, kGeneratedPanel, false, 0, true};
+        const int64_t vectors = even_vectors(q, std::clamp<int64_t>(bytes / vector_bytes, 4, kRunVectors));
+        return {vectors * kLanes, vectors * kLanes, 1, bytes, false, 0, true};
     }
-    return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, kGeneratedPanel, true, 0, true};
+    return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, bytes, true, 0, true};
 }
 
 inline void pack(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel) {

@@ -4,7 +4,6 @@
 //     dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat))   in training
 // A channel's second pass finds it in cache, so each direction reads memory about once. Backward computes v anew
 // from x (with a residual: takes the activation's slope from y, or v from x and the residual).
-#include <cmath>
 #include <omp.h>
 
 #include "bypass.h"
@@ -97,7 +96,7 @@ void norm_forward(const Norm& q) {
 #pragma omp for schedule(static) nowait
             for (int64_t c = 0; c < q.channels; ++c) {
                 if (q.measure) channel_statistics(q, c, channel_of<T>(q.x, q, c));
-                q.rstd[c] = float(1.0 / std::sqrt(double(q.variance[c]) + q.eps));
+                q.rstd[c] = reciprocal_deviation(q.variance[c], q.eps);
                 if (q.y == nullptr) continue;
                 if (q.residual)
                     apply<T, Act, true>(q, c);

@@ -67,19 +67,14 @@ std::unique_ptr<NormSteps<T>> steps_of(const Norm& q) {
     return steps;
 }
 
-// The rows of a channel that a convolution reads, made as they are needed, each between columns of zeros.
+// The rows of a channel that a convolution reads, made as they are needed.
 template <class T>
 class Strip {
   public:
     // `length`: elements of a row; `reach`: how many rows are needed at a time.
-    Strip(Scratch& scratch, int64_t height, int64_t length, int64_t left, int64_t right, int64_t reach)
-        : left_(left), pitch_(left + length + right) {
-        capacity_ = std::clamp<int64_t>(kStripBytes / int64_t(sizeof(T)) / pitch_, reach, std::max(height, reach));
+    Strip(Scratch& scratch, int64_t height, int64_t length, int64_t reach) : pitch_(length) {
+        capacity_ = std::clamp<int64_t>(kStripBytes / int64_t(sizeof(T)) / pitch_, std::min(reach, height), height);
         rows_ = scratch.of<T>(size_t(capacity_ * pitch_));
-        for (int64_t r = 0; r < capacity_; ++r) {
-            std::fill_n(rows_ + r * pitch_, left, T{});
-            std::fill_n(rows_ + r * pitch_ + left + length, right, T{});
-        }
     }
     void begin() { first_ = end_ = 0; }
     // Rows [low, high): where row 0 would be if all were there. Rows before `low` are not asked for again.
@@ -91,64 +86,36 @@ class Strip {
             first_ = low;
             end_ = low + kept;
         }
-        for (; end_ < high; ++end_) make(end_, rows_ + (end_ - first_) * pitch_ + left_);
+        for (; end_ < high; ++end_) make(end_, rows_ + (end_ - first_) * pitch_);
         return rows_ - first_ * pitch_;
     }
 
   private:
-    int64_t left_, pitch_, capacity_, first_ = 0, end_ = 0;  // rows [first_, end_) are there
+    int64_t pitch_, capacity_, first_ = 0, end_ = 0;  // rows [first_, end_) are there
     T* rows_;
 };
 
-// A product that reads its source from a strip.
-class FromStrip {
-  public:
-    explicit FromStrip(const Product& product) : q(product), planes(product.planes, product.planes + q.plane_count) {
-        const Geometry& g = q.geometry;
-        for (const Plane& p : planes) {
-            low.push_back(least(p.tap_y, g.taps_h));
-            high.push_back(most(p.tap_y, g.taps_h));
-            left = std::max(left, -least(p.tap_x, g.taps_w));
-            right = std::max(right, (p.width - 1) * g.step_x + most(p.tap_x, g.taps_w) - (g.source_w - 1));
+// Which rows of the source the positions of each plane read: from `low` to `high` beyond their own.
+struct Reach {
+    std::vector<int64_t> low, high;
+    explicit Reach(const Product& q) {
+        for (int64_t i = 0; i < q.plane_count; ++i) {
+            int64_t least = INT32_MAX, most = INT32_MIN;
+            for (int64_t k = 0; k < q.geometry.taps_h; ++k) {
+                const int32_t tap = q.planes[i].tap_y[k];
+                if (tap == kNoTap) continue;
+                least = std::min<int64_t>(least, tap);
+                most = std::max<int64_t>(most, tap);
+            }
+            low.push_back(least <= most ? least : 0);
+            high.push_back(least <= most ? most : 0);
         }
-        left = right = 0;
-        taps.reserve(planes.size());
-        for (Plane& p : planes) {
-            taps.emplace_back(p.tap_x, p.tap_x + g.taps_w);
-            for (int32_t& tap : taps.back())
-                if (tap != kNoTap) tap += int32_t(left);
-            p.tap_x = taps.back().data();
-        }
-        q.planes = planes.data();
-        q.geometry.source_w += left + right;
-        q.source.x = g.batch;
-        q.source.y = q.geometry.source_w * g.batch;
     }
-    FromStrip(const FromStrip&) = delete;  // the product points into it
-
-    Product q;
-    int64_t left = 0, right = 0;     // columns of zeros
-    std::vector<int64_t> low, high;  // of each plane: the least and the greatest offset of a row that it reads
-    int64_t reach() const {
+    // Rows that may be needed at a time, if planes go on together.
+    int64_t rows() const {
         const int64_t least = *std::min_element(low.begin(), low.end());
         const int64_t most = *std::max_element(high.begin(), high.end());
         return std::max<int64_t>(most, 0) - std::min<int64_t>(least, 0) + 1;
-    }
-
-  private:
-    std::vector<Plane> planes;
-    std::vector<std::vector<int32_t>> taps;
-    static int64_t least(const int32_t* taps, int64_t count) {
-        int32_t found = INT32_MAX;
-        for (int64_t k = 0; k < count; ++k)
-            if (taps[k] != kNoTap) found = std::min(found, taps[k]);
-        return found == INT32_MAX ? 0 : found;
-    }
-    static int64_t most(const int32_t* taps, int64_t count) {
-        int32_t found = INT32_MIN;
-        for (int64_t k = 0; k < count; ++k)
-            if (taps[k] != kNoTap) found = std::max(found, taps[k]);
-        return found == INT32_MIN ? 0 : found;
     }
 };
 
@@ -171,10 +138,10 @@ const char* each_channel(std::initializer_list<const Product*> products, Each ea
 
 template <class T>
 const char* forward(const NormDepthwise& block) {
-    const FromStrip from(block.sums);
-    const Product& q = from.q;
+    const Product& q = block.sums;
     const Plane& p = q.planes[0];
-    const int64_t height = block.sums.geometry.source_h, length = block.sums.geometry.source_w * q.source.x;
+    const Reach reach(q);
+    const int64_t height = q.geometry.source_h, length = q.geometry.source_w * q.geometry.batch;
     return each_channel<T>({&q}, [&](int64_t channels, int threads) {
         const DepthwiseRows<T> convolution(q, false);
 #pragma omp parallel num_threads(threads)
@@ -182,7 +149,7 @@ const char* forward(const NormDepthwise& block) {
             thread_local Scratch scratch;
             thread_local typename DepthwiseRows<T>::Channel channel;
             const std::unique_ptr<NormSteps<T>> inner = steps_of<T>(block.inner);
-            Strip<T> strip(scratch, height, length, from.left * q.source.x, from.right * q.source.x, from.reach());
+            Strip<T> strip(scratch, height, length, reach.rows());
 #pragma omp for schedule(dynamic, 1)
             for (int64_t c = 0; c < channels; ++c) {
                 T* to = static_cast<T*>(q.dest.data) + c * q.dest.c;
@@ -191,8 +158,8 @@ const char* forward(const NormDepthwise& block) {
                 strip.begin();
                 for (int64_t y = 0; y < p.height; ++y) {
                     const int64_t row = y * q.geometry.step_y;
-                    const int64_t low = std::clamp<int64_t>(row + from.low[0], 0, height);
-                    const int64_t high = std::clamp<int64_t>(row + from.high[0] + 1, low, height);
+                    const int64_t low = std::clamp<int64_t>(row + reach.low[0], 0, height);
+                    const int64_t high = std::clamp<int64_t>(row + reach.high[0] + 1, low, height);
                     const T* source =
                         strip.rows(low, high, [&](int64_t r, T* made) { inner->values(r * length, length, made); });
                     convolution.sums(y, source, to, &channel);
@@ -205,17 +172,15 @@ const char* forward(const NormDepthwise& block) {
 
 template <class T>
 const char* backward(const NormDepthwise& block) {
-    const FromStrip values(block.products), slopes(block.sums);
-    const Product &weight = values.q, &input = slopes.q;
+    const Product& input = block.sums;
+    Product weight = block.products;
+    weight.grad = input.source;  // rows of the same strip
+    const Reach of_weight(weight), of_input(input);
     const Plane& p = weight.planes[0];
-    const int64_t height = block.products.geometry.source_h,
-                  length = block.products.geometry.source_w * weight.source.x;
-    const int64_t made_length = p.width * weight.source.x;
-    // The gradient's rows lie as the input gradient's source.
-    Product products = weight;
-    products.grad = input.source;
-    return each_channel<T>({&products, &input}, [&](int64_t channels, int threads) {
-        const DepthwiseRows<T> of_weight(products, false), of_input(input, false);
+    const int64_t batch = weight.geometry.batch, height = weight.geometry.source_h;
+    const int64_t length = weight.geometry.source_w * batch, grad_length = p.width * batch;
+    return each_channel<T>({&weight, &input}, [&](int64_t channels, int threads) {
+        const DepthwiseRows<T> products(weight, false), sums(input, false);
 #pragma omp parallel num_threads(threads)
         {
             thread_local Scratch value_scratch, slope_scratch;
@@ -224,10 +189,8 @@ const char* backward(const NormDepthwise& block) {
             if (int64_t(input_channels.size()) < input.plane_count) input_channels.resize(size_t(input.plane_count));
             std::vector<int64_t> next(size_t(input.plane_count));  // row of each plane
             const std::unique_ptr<NormSteps<T>> inner = steps_of<T>(block.inner), outer = steps_of<T>(block.outer);
-            const int64_t n = weight.source.x;
-            Strip<T> value_strip(value_scratch, height, length, values.left * n, values.right * n, values.reach());
-            Strip<T> slope_strip(slope_scratch, p.height, made_length, slopes.left * n, slopes.right * n,
-                                 slopes.reach());
+            Strip<T> values(value_scratch, height, length, of_weight.rows());
+            Strip<T> slopes(slope_scratch, p.height, grad_length, of_input.rows());
 #pragma omp for schedule(dynamic, 1)
             for (int64_t c = 0; c < channels; ++c) {
                 T* to = static_cast<T*>(input.dest.data) + c * input.dest.c;
@@ -235,43 +198,42 @@ const char* backward(const NormDepthwise& block) {
                 outer->add(0, block.outer.size);
                 outer->finish();
                 inner->begin(c, to);
-                of_weight.begin(0, c, &weight_channel);
+                products.begin(0, c, &weight_channel);
                 for (int64_t i = 0; i < input.plane_count; ++i) {
-                    of_input.begin(i, c, &input_channels[size_t(i)]);
+                    sums.begin(i, c, &input_channels[size_t(i)]);
                     next[size_t(i)] = 0;
                 }
-                value_strip.begin();
-                slope_strip.begin();
+                values.begin();
+                slopes.begin();
                 int64_t summed = 0;
                 for (int64_t y = 0; y < p.height; ++y) {
                     const int64_t row = y * weight.geometry.step_y;
-                    const int64_t low = std::clamp<int64_t>(row + values.low[0], 0, height);
-                    const int64_t high = std::clamp<int64_t>(row + values.high[0] + 1, low, height);
-                    const T* source = value_strip.rows(
-                        low, high, [&](int64_t r, T* made) { inner->values(r * length, length, made); });
+                    const int64_t low = std::clamp<int64_t>(row + of_weight.low[0], 0, height);
+                    const int64_t high = std::clamp<int64_t>(row + of_weight.high[0] + 1, low, height);
+                    const T* source =
+                        values.rows(low, high, [&](int64_t r, T* made) { inner->values(r * length, length, made); });
 
                     int64_t oldest = y;  // row of the gradient that the input gradient still needs
                     for (int64_t i = 0; i < input.plane_count; ++i)
                         if (next[size_t(i)] < input.planes[i].height)
-                            oldest = std::min(oldest, std::max<int64_t>(next[size_t(i)] + slopes.low[size_t(i)], 0));
-                    const T* grad = slope_strip.rows(
-                        oldest, y + 1, [&](int64_t r, T* made) { outer->slopes(r * made_length, made_length, made); });
-                    // The gradient as the weight's product reads it, without the columns of zeros.
-                    of_weight.products(y, source, grad + slopes.left * n, &weight_channel);
+                            oldest = std::min(oldest, std::max<int64_t>(next[size_t(i)] + of_input.low[size_t(i)], 0));
+                    const T* grad = slopes.rows(
+                        oldest, y + 1, [&](int64_t r, T* made) { outer->slopes(r * grad_length, grad_length, made); });
+                    products.products(y, source, grad, &weight_channel);
 
                     int64_t done = height;  // rows of the input gradient
                     for (int64_t i = 0; i < input.plane_count; ++i) {
                         const Plane& plane = input.planes[i];
                         int64_t& r = next[size_t(i)];
-                        for (; r < plane.height && (r + slopes.high[size_t(i)] <= y || y + 1 == p.height); ++r)
-                            of_input.sums(r, grad, to, &input_channels[size_t(i)]);
+                        for (; r < plane.height && (r + of_input.high[size_t(i)] <= y || y + 1 == p.height); ++r)
+                            sums.sums(r, grad, to, &input_channels[size_t(i)]);
                         if (r < plane.height) done = std::min(done, plane.dest_y + r * input.geometry.dest_step_y);
                     }
-                    const int64_t sums_end = done == height ? height * length : done * length / kChunk * kChunk;
-                    if (sums_end > summed) inner->add(summed, sums_end);
-                    summed = std::max(summed, sums_end);
+                    const int64_t end = done == height ? height * length : done * length / kChunk * kChunk;
+                    if (end > summed) inner->add(summed, end);
+                    summed = std::max(summed, end);
                 }
-                of_weight.write_products(weight_channel);
+                products.write_products(weight_channel);
                 inner->finish();
                 inner->slopes(0, block.inner.size, to);  // in its place
             }

@@ -7,7 +7,6 @@ convolution takes an activated norm unfinished: it normalises what it reads, for
 that the activation is neither written nor kept.
 """
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from sparse_ft.ops import Activation, batch_last_strides
 from sparse_ft.ops.gradients import batch_norm, batch_norm_backward
+from sparse_ft.ops.statistics import reciprocal_deviation
 
 
 def _getter(name: str) -> Callable[[Tensor], Any]:
@@ -135,7 +135,7 @@ class PendingNorm(Operands):
     what = "a batch norm"
     __slots__ = (
         "activation", "before", "bias", "device", "dtype", "eps", "grad_enabled", "inference", "mean", "patience",
-        "residual", "shape", "taken", "training", "variance", "weight", "x",
+        "residual", "rstd", "shape", "taken", "training", "variance", "weight", "x",
     )  # fmt: skip
 
     def __init__(
@@ -150,6 +150,7 @@ class PendingNorm(Operands):
             mean, variance = mean.clone(), variance.clone()
         self.x, self.weight, self.bias = self._constant(x), self._constant(weight), self._constant(bias)
         self.mean, self.variance, self.eps, self.training = mean, variance, eps, training
+        self.rstd = reciprocal_deviation(variance, eps)
         self.patience, self.activation = patience, activation
         self.residual: Tensor | None = None
         self.taken = False  # by a convolution
@@ -163,14 +164,7 @@ class PendingNorm(Operands):
 
     def operands(self) -> tuple:
         """(x, weight, bias, mean, 1 / standard deviation, activation), as a convolution takes them."""
-        return (
-            self.x,
-            self.weight,
-            self.bias,
-            self.mean,
-            rstd_of(self.variance, self.eps),
-            self.activation,
-        )
+        return self.x, self.weight, self.bias, self.mean, self.rstd, self.activation
 
     def compute(self) -> Tensor:
         """The norm with what follows it, differentiable."""
@@ -217,39 +211,23 @@ class PendingNorm(Operands):
         return placed(deferred)
 
 
-def rstd_of(variance: Tensor, eps: float) -> Tensor:
-    """In the native norm's steps and so to its last bit, whoever computes the norm in the end."""
-    return (variance.double() + ctypes.c_float(eps).value).sqrt_().reciprocal_().to(variance.dtype)
-
-
 class _Defer(torch.autograd.Function):
     """Gives the deferred output its place in the graph, for what does not go by `__torch_function__`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, pending):
-        ctx.save_for_backward(x, weight, bias, pending.mean, pending.variance)
+        ctx.save_for_backward(x, weight, bias, pending.mean, pending.rstd)
         ctx.set_materialize_grads(False)  # an activation in place leaves none for what was there before it
-        ctx.eps, ctx.activation, ctx.training = pending.eps, pending.activation, pending.training
+        ctx.activation, ctx.training = pending.activation, pending.training
         return Deferred(pending)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias, mean, variance = ctx.saved_tensors
+        x, weight, bias, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if grad is None or not any(needs[:3]):
             return None, None, None, grad, None
-        grads = batch_norm_backward(
-            grad,
-            x,
-            weight,
-            bias,
-            mean,
-            rstd_of(variance, ctx.eps),
-            None,
-            None,
-            ctx.activation,
-            ctx.training,
-        )
+        grads = batch_norm_backward(grad, x, weight, bias, mean, rstd, None, None, ctx.activation, ctx.training)
         grads = [grad if wanted else None for grad, wanted in zip(grads[:3], needs, strict=False)]
         return *grads, grad if needs[3] else None, None
 

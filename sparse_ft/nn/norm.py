@@ -19,6 +19,7 @@ from sparse_ft.nn.pending_depthwise import join_depthwise
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import Activation, is_batch_last, native_reason
 from sparse_ft.ops.gradients import batch_norm, batch_norm_statistics
+from sparse_ft.ops.statistics import update_running
 
 
 def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -92,8 +93,8 @@ def _update_statistics(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: 
     norm.num_batches_tracked.add_(1)
     momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    norm.running_mean.lerp_(mean, momentum)
-    norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
+    update_running(norm.running_mean, mean, momentum)
+    update_running(norm.running_var, variance, momentum, count / (count - 1))
 
 
 @adapts("torch.nn", "BatchNorm2d")

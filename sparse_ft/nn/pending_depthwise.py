@@ -1,7 +1,7 @@
 """A depthwise convolution between two batch norms, in training.
 
 None of the three mixes channels, so that one pass over a channel does what three would do, and on the way back one
-what five would (csrc/norm_depthwise.cpp). The convolution takes the activated norm before it unfinished and gives a
+what four would (csrc/norm_depthwise.cpp). The convolution takes the activated norm before it unfinished and gives a
 tensor that is not computed yet, and the norm after it computes both. Whether a norm follows is learned, and whether
 nobody else reads the activation, as in deferred.py.
 """
@@ -20,7 +20,6 @@ from sparse_ft.nn.deferred import (
     finish,
     pending_of,
     placed,
-    rstd_of,
     take_unfinished,
 )
 from sparse_ft.ops import Activation, native_reason
@@ -135,11 +134,11 @@ class _DeferBetween(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, values, outer_weight, outer_bias, pending, norm):
         ctx.save_for_backward(
-            x, weight, bias, values, *pending.inner[3:5], norm.x, outer_weight, outer_bias, norm.mean, norm.variance,
+            x, weight, bias, values, *pending.inner[3:5], norm.x, outer_weight, outer_bias, norm.mean, norm.rstd,
             *pending.pattern,
         )  # fmt: skip
         ctx.inner_activation, ctx.training = pending.inner[5], pending.norm.training
-        ctx.activation, ctx.eps, ctx.geometry = norm.activation, norm.eps, pending.geometry
+        ctx.activation, ctx.geometry = norm.activation, pending.geometry
         ctx.set_materialize_grads(False)  # an activation in place leaves none for what was there before it
         return Deferred(norm)
 
@@ -148,10 +147,10 @@ class _DeferBetween(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         (
-            x, weight, bias, values, mean, rstd, y, outer_weight, outer_bias, outer_mean, outer_variance, *pattern
+            x, weight, bias, values, mean, rstd, y, outer_weight, outer_bias, outer_mean, outer_rstd, *pattern
         ) = ctx.saved_tensors  # fmt: skip
         grad_x, grad_weight, grad_bias, value_grad, *outer_grads = norm_depthwise_backward(
-            grad, y, outer_weight, outer_bias, outer_mean, rstd_of(outer_variance, ctx.eps),
+            grad, y, outer_weight, outer_bias, outer_mean, outer_rstd,
             ctx.activation, x, weight, bias, mean, rstd, ctx.inner_activation, ctx.training, values, pattern,
             *ctx.geometry,
         )  # fmt: skip

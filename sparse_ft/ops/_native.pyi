@@ -67,6 +67,8 @@ def norm_backward(
     weight: int, bias: int, mean: int, rstd: int, training: bool, grad_x: int, grad_residual: int, grad_weight: int,
     grad_bias: int, threads: int,
 ) -> None: ...  # fmt: skip
+def reciprocal_deviation(variance: int, count: int, eps: float, rstd: int) -> None: ...
+def update_running(running: int, measured: int, count: int, momentum: float, correction: float) -> None: ...
 
 class PoolAxis:
     @overload

@@ -1,4 +1,4 @@
-"""A depthwise convolution with the norms on both sides of it: one pass, the results of five."""
+"""A depthwise convolution with the norms on both sides of it: one pass, the results of several."""
 
 import pytest
 import torch

@@ -11,7 +11,8 @@ SHAPE = (4, 3, 3, 3)
 MAXIMUM = ([-1, 1, 3], [0, 2], (2, 3), (2, 1))
 AVERAGE = ([0, 2], [4, 6], [0.25, 0.25], [0, 1, 4], [1, 4, 5], [1.0, 0.5, 1.0])
 DIFFERENTIABLE = (
-    "linear", "conv2d", "norm_conv2d", "conv2d_norm", "batch_norm", "max_pool2d", "avg_pool2d", "to_layout"
+    "linear", "conv2d", "norm_conv2d", "norm_depthwise", "conv2d_norm", "batch_norm", "max_pool2d", "avg_pool2d",
+    "to_layout",
 )  # fmt: skip
 
 
@@ -32,6 +33,8 @@ def _samples(name: str, dtype: torch.dtype, weights: torch.dtype | None = None) 
     line, line_values = weight((5, 7))
     index, values = weight(SHAPE, stride=GEOMETRY[0], padding=GEOMETRY[1], groups=2)
     linear, conv = (line, 7, 5), (index, SHAPE, *GEOMETRY)
+    deep_index, deep_values = weight((6, 1, 3, 3), stride=GEOMETRY[0], padding=GEOMETRY[1], groups=6)
+    depthwise = (deep_index, (6, 1, 3, 3), *GEOMETRY[:3], 6)
     image, grad = (3, 6, 6, 5), (3, 4, 3, 5)
     mean, variance = (torch.rand(6, generator=generator).to(weights) + 0.5 for _ in range(2))
     return {
@@ -57,6 +60,53 @@ def _samples(name: str, dtype: torch.dtype, weights: torch.dtype | None = None) 
         "norm_conv2d_weight_grad": [
             (leaf(*grad), leaf(*image), leaf(6), leaf(6), mean, variance, activation, *conv)
             for activation in (0, 1, 3)
+        ],
+        "norm_depthwise": [
+            (leaf(*image), leaf(6), leaf(6), mean, variance, activation, False, deep_values, bias, *depthwise)
+            for activation in Activation
+            for bias in (leaf(6), None)
+        ]
+        + [(leaf(*image), None, None, mean, variance, 1, False, deep_values, None, *depthwise)],
+        "norm_depthwise_backward": [
+            (
+                leaf(3, 6, 3, 5),
+                leaf(3, 6, 3, 5),
+                leaf(6),
+                leaf(6),
+                mean,
+                variance,
+                outer,
+                leaf(*image),
+                leaf(6),
+                leaf(6),
+                mean,
+                variance,
+                inner,
+                inner == 1,
+                deep_values,
+                *depthwise,
+            )
+            for outer, inner in ((0, 1), (1, 4), (3, 2))
+        ]
+        + [
+            (
+                leaf(3, 6, 3, 5),
+                leaf(3, 6, 3, 5),
+                None,
+                None,
+                mean,
+                variance,
+                1,
+                leaf(*image),
+                None,
+                None,
+                mean,
+                variance,
+                1,
+                True,
+                deep_values,
+                *depthwise,
+            )
         ],
         "batch_norm": [
             (leaf(*image), leaf(6), leaf(6), None, None, 1e-5),
@@ -87,8 +137,8 @@ def _samples(name: str, dtype: torch.dtype, weights: torch.dtype | None = None) 
 
 NAMES = [
     "linear", "linear_input_grad", "linear_weight_grad", "linear_weight_bias_grad", "conv2d", "conv2d_input_grad",
-    "conv2d_weight_grad", "norm_conv2d", "norm_conv2d_weight_grad", "conv2d_norm", "batch_norm",
-    "batch_norm_statistics", "batch_norm_backward",
+    "conv2d_weight_grad", "norm_conv2d", "norm_conv2d_weight_grad", "norm_depthwise", "norm_depthwise_backward",
+    "conv2d_norm", "batch_norm", "batch_norm_statistics", "batch_norm_backward",
     "max_pool2d", "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
 ]  # fmt: skip
 
@@ -144,6 +194,8 @@ def test_backends_agree(isa, dtype):
             for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True):
                 # A norm's gradient may be stored twice; what lies between a norm and a convolution is rounded as if it
                 # were stored, and may be larger than the result.
-                near = (8 if "norm_conv2d" in name or "conv2d_norm" in name else 2) * ROUNDING[dtype]
+                near = (8 if "norm_conv2d" in name or "conv2d_norm" in name or "depthwise" in name else 2) * ROUNDING[
+                    dtype
+                ]
                 near = near if a.is_floating_point() else 0
                 torch.testing.assert_close(a.double(), b.double(), rtol=1e-4 + near, atol=1e-5 + near)
