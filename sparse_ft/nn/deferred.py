@@ -310,7 +310,7 @@ class Deferred(torch.Tensor):
 
         def plain(deferred: Deferred) -> Tensor:
             seen.append(deferred)
-            return result_of(deferred)
+            return result_of(deferred, func not in _METADATA)
 
         args, kwargs = tree_map_only(Deferred, plain, (args, kwargs))
         result = func(*args, **kwargs)
@@ -349,11 +349,12 @@ def _compute(deferred: Deferred) -> Tensor:
     return deferred._value
 
 
-def result_of(deferred: Deferred) -> Tensor:
-    """The plain tensor that takes the deferred one's place, from now on."""
+def result_of(deferred: Deferred, read: bool = True) -> Tensor:
+    """The plain tensor that takes the deferred one's place, from now on; `read`: for its values, not for its shape."""
     now = deferred._stands_for
     if now is not None:
-        deferred._pending.looked_at()
+        if read:
+            deferred._pending.looked_at()
         if not _has_another_history(deferred):
             return now
         deferred._value = now.detach()
