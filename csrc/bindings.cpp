@@ -155,12 +155,8 @@ void weight_grad(const Convolution& c, int element, const Four& size, Address x,
     run(active_kernels().sampled_product, f.product);
 }
 
-// A norm beside a depthwise convolution: mean, 1 / standard deviation, weight, bias, activation; whether the
-// statistics are x's own; and where the gradients of weight and bias go.
-using BesideArguments = std::tuple<Address, Address, Address, Address, int, bool, Address, Address>;
-
-Norm beside(const BesideArguments& arguments, int element, Address x, int64_t channels, int64_t size) {
-    const auto& [mean, rstd, weight, bias, activation, training, grad_weight, grad_bias] = arguments;
+Norm norm_of(int element, Address x, int64_t channels, int64_t size, int activation, Address weight, Address bias,
+             Address mean, Address rstd) {
     Norm q{};
     q.element = element_of(element);
     q.activation = activation_of(activation);
@@ -171,6 +167,16 @@ Norm beside(const BesideArguments& arguments, int element, Address x, int64_t ch
     q.bias = at<const float>(bias);
     q.mean = at<float>(mean);
     q.rstd = at<float>(rstd);
+    return q;
+}
+
+// A norm beside a depthwise convolution: mean, 1 / standard deviation, weight, bias, activation; whether the
+// statistics are x's own; and where the gradients of weight and bias go.
+using BesideArguments = std::tuple<Address, Address, Address, Address, int, bool, Address, Address>;
+
+Norm beside(const BesideArguments& arguments, int element, Address x, int64_t channels, int64_t size) {
+    const auto& [mean, rstd, weight, bias, activation, training, grad_weight, grad_bias] = arguments;
+    Norm q = norm_of(element, x, channels, size, activation, weight, bias, mean, rstd);
     q.training = training;
     q.grad_weight = at<float>(grad_weight);
     q.grad_bias = at<float>(grad_bias);
@@ -343,20 +349,11 @@ PYBIND11_MODULE(_native, m) {
     m.def("norm_forward", [](int element, Address x, Address residual, int64_t channels, int64_t size, int activation,
                              Address weight, Address bias, float eps, bool measure, Address mean, Address variance,
                              Address rstd, Address y, int threads) {
-        Norm q{};
-        q.element = element_of(element);
-        q.activation = activation_of(activation);
-        q.x = at<const void>(x);
+        Norm q = norm_of(element, x, channels, size, activation, weight, bias, mean, rstd);
         q.residual = at<const void>(residual);
-        q.channels = channels;
-        q.size = size;
-        q.weight = at<const float>(weight);
-        q.bias = at<const float>(bias);
         q.eps = eps;
         q.measure = measure;
-        q.mean = at<float>(mean);
         q.variance = at<float>(variance);
-        q.rstd = at<float>(rstd);
         q.y = at<void>(y);
         q.threads = threads;
         py::gil_scoped_release release;
@@ -366,19 +363,10 @@ PYBIND11_MODULE(_native, m) {
           [](int element, Address grad, Address x, Address residual, Address output, int64_t channels, int64_t size,
              int activation, Address weight, Address bias, Address mean, Address rstd, bool training, Address grad_x,
              Address grad_residual, Address grad_weight, Address grad_bias, int threads) {
-              Norm q{};
-              q.element = element_of(element);
-              q.activation = activation_of(activation);
+              Norm q = norm_of(element, x, channels, size, activation, weight, bias, mean, rstd);
               q.grad = at<const void>(grad);
-              q.x = at<const void>(x);
               q.residual = at<const void>(residual);
               q.output = at<const void>(output);
-              q.channels = channels;
-              q.size = size;
-              q.weight = at<const float>(weight);
-              q.bias = at<const float>(bias);
-              q.mean = at<float>(mean);
-              q.rstd = at<float>(rstd);
               q.training = training;
               q.grad_x = at<void>(grad_x);
               q.grad_residual = at<void>(grad_residual);

@@ -15,13 +15,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 import bench  # noqa: E402
-from benchmarks import channels, inference, kernels, memory, models, page, swat, training  # noqa: E402
+from benchmarks import channels, depthwise, inference, kernels, memory, models, page, swat, training  # noqa: E402
 from benchmarks.case import Case, Settings  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 
 SETTINGS = Settings(threads=1, rounds=1)
 TINY = models.Workload("test_resnet", 0.95, 2, 32)
-CASES = [*kernels.cases(), *training.cases(), *inference.cases(), *memory.cases(), *swat.cases(), *channels.cases()]
+MODULES = (kernels, depthwise, training, inference, memory, swat, channels)
+CASES = [case for module in MODULES for case in module.cases()]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def alone(tmp_path, monkeypatch):
 
 def test_cases_have_names_of_their_own():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 33
+    assert len(set(names)) == len(names) == 34
     assert len([name for name in names if re.match(r"train/.*-70-", name)]) == 6
 
 
@@ -85,6 +86,8 @@ def figures():
             "title": "fast", "ms": {"dense contiguous": 50.0, "dense channels_last": 40.0, "one 0.5": 20.0},
             "operations": {"0.5": 0.25},
         }  # fmt: skip
+        patch.setattr(depthwise, "ROUNDS", 1)
+        found["depthwise"] = depthwise.measure([(4, 6, 1), (4, 7, 2)], 3, SETTINGS)
         found["pattern"] = kernels.measure_pattern(SETTINGS)
     return found
 
@@ -137,6 +140,7 @@ def test_tables(sections):
     assert "| torch CSR |" in sections["linear"] and "weight gradient, GF/s (share of peak)" in sections["linear"]
     assert "1.00 / 1.00 / 1.00" in sections["convolutions"]
     assert "(10.0%)" in sections["swat"] and "tiny, 90%, batch 8, 32²" in sections["swat"]
+    assert "| 4 channels, 7², stride 2 |" in sections["depthwise"] and "batch 3" in sections["depthwise"]
     assert "| FMA from registers | 100 | 1.00 |" in sections["roofs"]
 
 

@@ -37,6 +37,8 @@ def sections(results: dict) -> dict[str, str]:
         texts["linear"] = _packages(rows) + "\n\n" + _products(rows)
     if rows := those("conv-"):
         texts["convolutions"] = _means(rows) + "\n\n" + _products(rows)
+    if "depthwise" in cases:
+        texts["depthwise"] = _depthwise(cases["depthwise"])
     if "pattern" in cases:
         build, read = cases["pattern"]["build"], cases["pattern"]["read"]
         texts["pattern"] = (
@@ -70,6 +72,29 @@ def _roofs(roofs: dict[str, float]) -> str:
     peak = roofs["FMA from registers"]
     rows = [[name, f"{rate:.0f}", f"{rate / peak:.2f}"] for name, rate in roofs.items()]
     return table(["roof of one core", "GF/s", "share of peak"], rows)
+
+
+def _depthwise(case: dict) -> str:
+    return table(
+        [
+            f"norm, ReLU, 3×3, norm; batch {case['batch']}",
+            "forward, ms (apart / together)", "×", "backward, ms (apart / together)", "×",
+        ],
+        [
+            [
+                row["layer"],
+                *(
+                    text
+                    for way in ("forward", "backward")
+                    for text in (
+                        f"{row[f'{way}_apart']:.1f} / {row[f'{way}_together']:.1f}",
+                        f"{row[f'{way}_apart'] / row[f'{way}_together']:.2f}",
+                    )
+                ),
+            ]
+            for row in case["rows"]
+        ],
+    )  # fmt: skip
 
 
 def _swat(rows: list[dict]) -> str:

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_unfinished_norm import ACTIVATIONS, train
+from test_unfinished_norm import ACTIVATIONS, check_to_the_last_bit, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ft
-from sparse_ft.nn import deferred, pending_depthwise
+from sparse_ft.nn import pending_depthwise
 
 
 class Separable(nn.Module):
@@ -192,18 +192,9 @@ def test_hooks_see_what_they_would(joined):
 @pytest.mark.parametrize("kind", [Separable, Branches])
 @pytest.mark.parametrize("size", [(16, 6, 7, 9), (32, 6, 12, 12)])
 def test_to_the_last_bit(kind, size):
-    """What waits is learned as training goes on; a resumed run, which learns anew, must not differ."""
     model = kind(F.relu)
     convert(model)
-    impatient, before = copy.deepcopy(model), deferred.Patience.lasts
-    losses = train(model, size=size)
-    deferred.Patience.lasts = lambda self, x: False
-    try:
-        assert train(impatient, size=size) == losses
-    finally:
-        deferred.Patience.lasts = before
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, impatient.state_dict()[name]), name
+    check_to_the_last_bit(model, size)
 
 
 def test_bfloat16(joined):
