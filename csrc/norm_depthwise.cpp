@@ -44,9 +44,12 @@ class StepsOf : public NormSteps<T> {
     void finish() override { gradient->finish(); }
     void slopes(int64_t first, int64_t count, T* to) const override {
         const auto from = *gradient;  // a copy, whose numbers stay in registers whatever is written
+        // A norm by itself keeps g in between where it is dear to compute twice, as it is stored.
+        const auto before = [&](int64_t i, int n) {
+            return Act::kCostly ? rounded<T>(from.before(i, n)) : from.before(i, n);
+        };
         const auto write = [&](auto slope) {
-            each_vector(count,
-                        [&](int64_t i, int n) { store(to + i, slope(first + i, n, from.before(first + i, n)), n); });
+            each_vector(count, [&](int64_t i, int n) { store(to + i, slope(first + i, n, before(first + i, n)), n); });
         };
         if (q.training)
             write([&](int64_t i, int n, vec g) { return from.slope_in_training(i, n, g); });
