@@ -75,7 +75,7 @@ template <class T>
 class Strip {
   public:
     // `length`: elements of a row; `reach`: how many rows are needed at a time.
-    Strip(Scratch& scratch, int64_t height, int64_t length, int64_t reach) : pitch_(length) {
+    Strip(Scratch& scratch, int64_t height, int64_t length, int64_t reach) : pitch_(std::max<int64_t>(length, 1)) {
         capacity_ = std::clamp<int64_t>(kStripBytes / int64_t(sizeof(T)) / pitch_, std::min(reach, height), height);
         rows_ = scratch.of<T>(size_t(capacity_ * pitch_));
     }
