@@ -122,9 +122,9 @@ struct Reach {
     }
 };
 
-// Calls each(channel) for all channels of depthwise products that are as they should be.
-template <class T, class Each>
-const char* each_channel(std::initializer_list<const Product*> products, Each each) {
+// Null after body(channels, threads), or what is wrong with the products' patterns, and nothing is called.
+template <class T, class Body>
+const char* if_well_formed(std::initializer_list<const Product*> products, Body body) {
     const Product& one = **products.begin();
     const int64_t channels = one.geometry.groups;
     for (const Product* q : products) {
@@ -135,7 +135,7 @@ const char* each_channel(std::initializer_list<const Product*> products, Each ea
         for (int64_t i = 0; i < q->plane_count * channels; ++i)
             if ((text = rows.check(i / channels, i % channels))) return text;
     }
-    each(channels, one.threads);
+    body(channels, one.threads);
     return nullptr;
 }
 
@@ -145,7 +145,7 @@ const char* forward(const NormDepthwise& block) {
     const Plane& p = q.planes[0];
     const Reach reach(q);
     const int64_t height = q.geometry.source_h, length = q.geometry.source_w * q.geometry.batch;
-    return each_channel<T>({&q}, [&](int64_t channels, int threads) {
+    return if_well_formed<T>({&q}, [&](int64_t channels, int threads) {
         const DepthwiseRows<T> convolution(q, false);
 #pragma omp parallel num_threads(threads)
         {
@@ -182,7 +182,7 @@ const char* backward(const NormDepthwise& block) {
     const Plane& p = weight.planes[0];
     const int64_t batch = weight.geometry.batch, height = weight.geometry.source_h;
     const int64_t length = weight.geometry.source_w * batch, grad_length = p.width * batch;
-    return each_channel<T>({&weight, &input}, [&](int64_t channels, int threads) {
+    return if_well_formed<T>({&weight, &input}, [&](int64_t channels, int threads) {
         const DepthwiseRows<T> products(weight, false), sums(input, false);
 #pragma omp parallel num_threads(threads)
         {
