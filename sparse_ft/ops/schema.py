@@ -274,7 +274,7 @@ def _norm_conv2d_weight_grad(
 def _check_depthwise(weight_shape, groups) -> None:
     if weight_shape[1] != 1 or weight_shape[0] != groups:
         raise ValueError(
-            f"a depthwise convolution has a filter for each channel, not a weight of {tuple(weight_shape)} in {groups} "
+            f"a depthwise convolution has a filter for each channel, not {tuple(weight_shape)} in {groups} "
             "groups: use norm_conv2d and batch_norm"
         )
 
