@@ -66,6 +66,13 @@ struct ResultNorm {
     Activation activation;
 };
 
+// Where a product puts the mean and the biased variance of every row of its results, if it can take them on the way:
+// `measured` says whether it did.
+struct Moments {
+    float *mean, *variance;
+    bool measured = false;
+};
+
 struct Product {
     Geometry geometry;
     Element element;  // of source, dest and grad
@@ -79,6 +86,7 @@ struct Product {
     View source, dest;         // dest may be null data in a sampled product
     const SourceNorm* norm;    // of the source; may be null
     const ResultNorm* result;  // gather product: may be null
+    Moments* moments;          // gather product of one plane: may be null
     View grad;                 // sampled product: G; unused otherwise
     float* value_grad;         // sampled product: dw (nnz)
     float* row_sums;           // sampled product: the sum of every row of G; may be null

@@ -111,9 +111,11 @@ class Exit {
     bool given = false;
 };
 
-void forward(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride, Two out_size,
+// Whether it wrote the mean and the variance of its results, where these addresses are not null.
+bool forward(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride, Two out_size,
              Address y, const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
-             Programs* programs, int threads, const NormArguments& norm, const ResultArguments& result) {
+             Programs* programs, int threads, const NormArguments& norm, const ResultArguments& result, Address mean,
+             Address variance) {
     check(c);
     const Entrance entrance(norm, size[1]);
     const Exit exit(result, c.weight[0]);
@@ -126,7 +128,10 @@ void forward(const Convolution& c, int element, const Four& size, Address x, con
     f.product.values = at<const float>(values);
     f.product.bias = at<const float>(bias);
     f.product.dest = view(y, y_stride);
+    Moments moments{at<float>(mean), at<float>(variance)};
+    if (mean) f.product.moments = &moments;
     run(active_kernels().gather_product, f.product);
+    return moments.measured;
 }
 
 void input_grad(const Convolution& c, int element, const Four& size, Address grad, const Four& grad_stride,

@@ -13,6 +13,7 @@
 #include "executable.h"
 #include "generated.h"
 #include "kernels.h"
+#include "moments.h"
 #include "programs.h"
 #include "result.h"
 
@@ -192,8 +193,11 @@ class GeneratedGather {
     }
 
     void run() {
-        thread_local Scratch shared_values;
+        thread_local Scratch shared_values, shared_moments;
         float* values = shared_values.floats(size_t(q.nnz) + 1);
+        const int64_t rows = g.groups * g.rows_per_group;
+        measuring = q.moments != nullptr && q.plane_count == 1 && q.dest.n == 1;
+        if (measuring) part_moments = shared_moments.of<PartMoments>(size_t(tilings[0].tiles() * rows));
 #pragma omp parallel num_threads(q.threads)
         {
             for (int64_t plane = 0; plane < q.plane_count; ++plane) {
@@ -206,7 +210,12 @@ class GeneratedGather {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < items.back(); ++i) compute(i, values, panel_scratch, stage_scratch);
             if (bypass) finish_stores_around();
+            if (measuring) {
+#pragma omp for schedule(static)
+                for (int64_t row = 0; row < rows; ++row) join_moments(row);
+            }
         }
+        if (measuring) q.moments->measured = true;
     }
 
   private:
@@ -217,7 +226,9 @@ class GeneratedGather {
     std::vector<int64_t> first_value{0};
     std::vector<int64_t> items{0};  // running count of work items per plane
     bool bypass = false;            // whether the destination is too large to wait in a cache
-    int64_t parts = 1;              // row parts of a tile, where tiles alone do not keep the threads busy
+    bool measuring = false;
+    PartMoments* part_moments = nullptr;  // of every tile and row
+    int64_t parts = 1;                    // row parts of a tile, where tiles alone do not keep the threads busy
 
     void split_work() {
         int64_t tiles = 0;
@@ -229,13 +240,26 @@ class GeneratedGather {
         for (const Tiling& t : tilings) items.push_back(items.back() + t.tiles() * parts);
     }
 
+    void join_moments(int64_t row) const {
+        const int64_t rows = g.groups * g.rows_per_group;
+        JoinedMoments joined;
+        for (int64_t i = 0; i < tilings[0].tiles(); ++i) {
+            const Tile tile(tilings[0], g, q.planes[0], i);
+            joined.add(part_moments[i * rows + row], tile.rows * tile.cols * tile.lanes);
+        }
+        q.moments->mean[row] = joined.average();
+        q.moments->variance[row] = joined.variance();
+    }
+
     void compute(int64_t item, const float* values, Scratch& panel_scratch, Scratch& stage_scratch) {
         const int64_t plane = std::upper_bound(items.begin(), items.end(), item) - items.begin() - 1;
         const Plane& p = q.planes[plane];
         const Tiling& t = tilings[plane];
         const GatherProgram& program = *programs[plane];
         const int64_t part = (item - items[plane]) % parts;
-        const Tile tile(t, g, p, (item - items[plane]) / parts);
+        const int64_t number = (item - items[plane]) / parts;
+        const Tile tile(t, g, p, number);
+        TileMoments<kGatherRows> moments;
         const int64_t rows = g.groups * g.rows_per_group;
         const int64_t unit = q.dest.n == 1 ? 1 : kBandRows, units = (rows + unit - 1) / unit;
         const int64_t first = units * part / parts * unit, last = std::min(units * (part + 1) / parts * unit, rows);
@@ -271,20 +295,24 @@ class GeneratedGather {
                              run.step * 4, stage_vector * 4, stage_row * 4, bias, next);
                 };
                 const int64_t stop = chunk.row + chunk.rows, band = (stop - 1) / kBandRows * kBandRows;
+                moments.begin();
                 if (d.n == 1 && chunk.begins && chunk.ends) {
                     for_each_slice(tile, run, follow, chunk.rows, [&](const Slice& slice) {
                         compute_slice(slice);
-                        scatter_rows(p, t, tile, run, follow, slice, chunk.row, stop, to, stage_row);
+                        scatter_rows(p, t, tile, run, follow, slice, chunk.row, stop, to, stage_row, moments);
                     });
+                    if (measuring) keep_moments(moments, chunk, tile, number);
                     continue;
                 }
                 const Slice whole{0, tile.rows, 0, run.vectors};
                 compute_slice(whole);
                 if (!chunk.ends) continue;
-                if (d.n == 1)
-                    scatter_rows(p, t, tile, run, follow, whole, chunk.row, stop, to, stage_row);
-                else if (stop % kBandRows == 0 || stop == rows)
+                if (d.n == 1) {
+                    scatter_rows(p, t, tile, run, follow, whole, chunk.row, stop, to, stage_row, moments);
+                    if (measuring) keep_moments(moments, chunk, tile, number);
+                } else if (stop % kBandRows == 0 || stop == rows) {
                     scatter_band(tile, run, band, stop, stage + (t.blocks > 1 ? band : 0) * stage_row, stage_vector);
+                }
             }
             ++index;
         });
@@ -308,30 +336,39 @@ class GeneratedGather {
 
     // `follow`: whether the positions of a row lie one after another in the destination.
     void scatter_rows(const Plane& p, const Tiling& t, const Tile& tile, const Run& run, bool follow,
-                      const Slice& slice, int64_t row, int64_t end, float* from, int64_t row_step) const {
+                      const Slice& slice, int64_t row, int64_t end, float* from, int64_t row_step,
+                      TileMoments<kGatherRows>& moments) const {
         with_element(q.element, [&](auto element) {
-            scatter_rows_as<decltype(element)>(p, t, tile, run, follow, slice, row, end, from, row_step);
+            scatter_rows_as<decltype(element)>(p, t, tile, run, follow, slice, row, end, from, row_step, moments);
         });
     }
     template <class T>
     void scatter_rows_as(const Plane& p, const Tiling& t, const Tile& tile, const Run& run, bool follow,
-                         const Slice& slice, int64_t row, int64_t end, float* from, int64_t row_step) const {
+                         const Slice& slice, int64_t row, int64_t end, float* from, int64_t row_step,
+                         TileMoments<kGatherRows>& moments) const {
         const View& d = q.dest;
         T* to = static_cast<T*>(d.data);
         const int64_t column = d.x * g.dest_step_x, pieces = follow ? 1 : tile.cols;
         const int64_t first = slice.vector * kLanes;
         const int64_t length = follow ? std::min(run.floats - first, slice.vectors * kLanes) : tile.lanes;
         with_result(q, [&](auto result) {
-            for (; row < end; ++row, from += row_step)
+            for (int slot = 0; row < end; ++row, ++slot, from += row_step)
                 for (int64_t r = 0; r < slice.rows; ++r)
                     for (int64_t c = 0; c < pieces; ++c) {
                         const int64_t at = row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
                                            p.dest_x * d.x + (tile.x + c) * column + tile.n + first;
                         float* run_of_results = from + r * slice.vectors * kLanes + c * t.lanes;
                         result.finish(row, run_of_results, at, length);
+                        if (measuring) moments.add<T>(slot, run_of_results, length);
                         write_run(to + at, run_of_results, length, bypass);
                     }
         });
+    }
+
+    void keep_moments(const TileMoments<kGatherRows>& moments, const GatherChunk& chunk, const Tile& tile,
+                      int64_t number) const {
+        PartMoments* to = part_moments + number * g.groups * g.rows_per_group + chunk.row;
+        for (int row = 0; row < chunk.rows; ++row) to[row] = moments.of(row, tile.rows * tile.cols * tile.lanes);
     }
 
     void scatter_band(const Tile& tile, const Run& run, int64_t row, int64_t end, const float* from,

@@ -373,6 +373,7 @@ class GeneratedSampled {
 }  // namespace
 
 const char* generated_sampled_product(const Product& product) {
+    if (full_sampled_product(product)) return nullptr;
     if (!worth_generating(product, 4)) return sampled_product(product);
     GeneratedSampled sampled(product);
     const char* problem = nullptr;

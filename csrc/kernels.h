@@ -7,7 +7,8 @@ namespace SPARSE_FT_ISA {
 
 const char* gather_product(const Product&);
 const char* sampled_product(const Product&);
-bool is_depthwise(const Product&);  // and so for run_depthwise(), which computes either product
+bool full_sampled_product(const Product&);  // false, and nothing done, where it has no place
+bool is_depthwise(const Product&);          // and so for run_depthwise(), which computes either product
 const char* run_depthwise(const Product&);
 #if defined(__AVX512F__)
 const char* generated_gather_product(const Product&);

@@ -9,6 +9,7 @@ from sparse_ft.nn.pending_conv import defer_conv
 from sparse_ft.nn.pending_depthwise import defer_depthwise
 from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
 from sparse_ft.ops.gradients import conv2d, conv2d_of_unfinished, to_layout
+from sparse_ft.ops.statistics import Moments, keep_moments
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -95,11 +96,20 @@ class SparseConv2d(SparseModule):
         weights = (self.weight, self.bias, self.pattern.tensors, *self.geometry)
         # By itself a depthwise convolution reads a value for little more than memory's time: it has none for a norm.
         norm = take_unfinished(x) if self.pattern.weight_shape[1] > 1 else None
+        moments = self._moments_for_a_norm()
         if norm is not None:
-            return conv2d_of_unfinished(x, norm.operands(), *weights)
-        if not is_batch_last(x):
-            x = to_layout(x, BATCH_LAST)
-        return conv2d(x, *weights)
+            y = conv2d_of_unfinished(x, norm.operands(), *weights, moments)
+        else:
+            if not is_batch_last(x):
+                x = to_layout(x, BATCH_LAST)
+            y = conv2d(x, *weights, moments)
+        if moments is not None:
+            keep_moments(y, moments)
+        return y
+
+    def _moments_for_a_norm(self) -> Moments | None:
+        # Not learned from what follows: a norm's statistics so are the same to the last bit whatever ran before.
+        return Moments() if self.training and self.bias is None and self.pattern.weight_shape[1] > 1 else None
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

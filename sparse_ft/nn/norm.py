@@ -19,7 +19,7 @@ from sparse_ft.nn.pending_depthwise import join_depthwise
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import Activation, is_batch_last, native_reason
 from sparse_ft.ops.gradients import batch_norm, batch_norm_statistics
-from sparse_ft.ops.statistics import update_running
+from sparse_ft.ops.statistics import moments_of, update_running
 
 
 def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -45,12 +45,13 @@ _patience: WeakKeyDictionary[nn.Module, Patience] = WeakKeyDictionary()  # of ev
 def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -> Tensor:
     """The norm's output, activated; `None` for an activation that may follow."""
     training = norm.training or norm.running_mean is None
-    mean, variance = (None, None) if training else (norm.running_mean, norm.running_var)
+    mean, variance = (moments_of(x) or (None, None)) if training else (norm.running_mean, norm.running_var)
     patience = _patience.setdefault(norm, Patience()) if _can_wait(x) else None
     if patience is not None and (activation is None or (activation.cheap and patience.lasts(x))):
         if training:
-            with torch.no_grad():
-                mean, variance = batch_norm_statistics(x)
+            if mean is None or variance is None:
+                with torch.no_grad():
+                    mean, variance = batch_norm_statistics(x)
             # Before anything is saved for backward, where checkpointing may break off its second forward.
             _update_statistics(norm, x, mean, variance)
         assert mean is not None and variance is not None

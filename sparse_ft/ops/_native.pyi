@@ -22,8 +22,8 @@ def block(element: int, shape: _Sizes, strides: _Sizes) -> CapsuleType: ...
 def forward(
     conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int,
     y_stride: _Sizes, row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs | None,
-    threads: int, norm: _Norm | None, result: _ResultNorm | None,
-) -> None: ...  # fmt: skip
+    threads: int, norm: _Norm | None, result: _ResultNorm | None, mean: int, variance: int,
+) -> bool: ...  # fmt: skip
 def input_grad(
     conv: Convolution, element: int, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,
     grad_x_stride: _Sizes, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int, programs: Programs | None,

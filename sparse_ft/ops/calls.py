@@ -46,18 +46,24 @@ def _any_requires_grad(args: tuple) -> bool:
     return False
 
 
+def _operator(name: str) -> tuple[Callable, int]:
+    """The operator and how many arguments it knows. An implementation may take more, which do without it."""
+    operator = getattr(torch.ops.sparse_ft, name).default
+    return operator, len(operator._schema.arguments)
+
+
 def caller(name: str, differentiable: Callable | None = None) -> Callable[..., Any]:
     """A function that computes operator `name`; by way of `differentiable` where a gradient is recorded.
 
     An operator without one is itself a gradient. Recording through it is left to its Autograd kernel.
     """
-    operator = getattr(torch.ops.sparse_ft, name).default
+    operator, count = _operator(name)
 
     def call(*args):
         if torch.compiler.is_compiling() or not _unwatched(args):
-            return operator(*args)
+            return operator(*args[:count])
         if torch.is_grad_enabled() and _any_requires_grad(args):
-            return operator(*args) if differentiable is None else differentiable(*args)
+            return operator(*args[:count]) if differentiable is None else differentiable(*args)
         return _implementations[name](*args)
 
     return call
@@ -65,12 +71,12 @@ def caller(name: str, differentiable: Callable | None = None) -> Callable[..., A
 
 def below_autograd(name: str) -> Callable[..., Any]:
     """The same for an operator's own Autograd kernel."""
-    operator = getattr(torch.ops.sparse_ft, name).default
+    operator, count = _operator(name)
 
     def call(*args):
         if _unwatched(args):
             return _implementations[name](*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
+            return operator(*args[:count])
 
     return call

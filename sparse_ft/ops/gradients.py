@@ -57,8 +57,12 @@ class _Linear(_Weighted):
 
 class _Conv2d(_Weighted):
     @staticmethod
-    def forward(ctx, x, values, bias, pattern, *geometry):
-        return _Weighted.run(_conv2d, ctx, x, values, bias, pattern, geometry)
+    def forward(ctx, x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, moments=None):
+        def compute(*inputs):
+            return _conv2d(*inputs, moments)
+
+        geometry = weight_shape, stride, padding, dilation, groups
+        return _Weighted.run(compute, ctx, x, values, bias, pattern, geometry)
 
     @staticmethod
     def backward(ctx, grad):
@@ -72,7 +76,7 @@ class _Conv2d(_Weighted):
             grad_values = _like(conv2d_weight_grad(grad, x, pattern, *ctx.geometry), values)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-        return grad_x, grad_values, grad_bias, None, *[None] * len(ctx.geometry)
+        return grad_x, grad_values, grad_bias, None, *[None] * len(ctx.geometry), None
 
 
 class _NormConv2d(torch.autograd.Function):
@@ -134,11 +138,11 @@ class _ConvOfUnfinished(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, activated, values, bias, norm, pattern, *geometry):
+    def forward(ctx, activated, values, bias, norm, pattern, moments, *geometry):
         ctx.save_for_backward(*norm[:5], values, *pattern)
         ctx.activation, ctx.geometry = norm[5], geometry
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return norm_conv2d(*norm, False, values, bias, pattern, *geometry)
+        return norm_conv2d(*norm, False, values, bias, pattern, *geometry, moments)
 
     @staticmethod
     def backward(ctx, grad):
@@ -154,14 +158,17 @@ class _ConvOfUnfinished(torch.autograd.Function):
             grad_values = _like(value_grad, values)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-        return grad_x, grad_values, grad_bias, None, None, *[None] * len(ctx.geometry)
+        return grad_x, grad_values, grad_bias, None, None, None, *[None] * len(ctx.geometry)
 
 
-def conv2d_of_unfinished(activated, norm, values, bias, pattern, *geometry):
+def conv2d_of_unfinished(
+    activated, norm, values, bias, pattern, weight_shape, stride, padding, dilation, groups, moments=None
+):
     """The convolution of a deferred output; `norm`: (x, weight, bias, mean, rstd, activation) that it stands for."""
+    geometry = weight_shape, stride, padding, dilation, groups
     if torch.is_grad_enabled():
-        return _ConvOfUnfinished.apply(activated, values, bias, norm, pattern, *geometry)
-    return norm_conv2d(*norm, False, values, bias, pattern, *geometry)
+        return _ConvOfUnfinished.apply(activated, values, bias, norm, pattern, moments, *geometry)
+    return norm_conv2d(*norm, False, values, bias, pattern, *geometry, moments)
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -226,13 +226,15 @@ def _result_arguments(result) -> tuple[int, int, int, int, float, int, int] | No
 
 
 def conv2d(
-    x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, out: Tensor, norm=None, result=None
-) -> Tensor:
+    x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, out: Tensor, norm=None, result=None,
+    moments=None,
+) -> Tensor:  # fmt: skip
     """`norm`: (mean, rstd, weight, bias, activation) that x goes through on its way in; `result`: (mean, variance,
-    weight, bias, eps, batch-last residual, activation) that the sums go through on their way out."""
+    weight, bias, eps, batch-last residual, activation) that the sums go through on their way out; `moments` (see
+    statistics.py) are filled where the kernel takes them on the way."""
     conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
     plan = plan_conv2d(x.shape, out.shape, conv, values.numel(), torch.get_num_threads())
-    run_conv2d(plan, as_batch_last(x), values, bias, pattern, programs(pattern), out, norm, result)
+    run_conv2d(plan, as_batch_last(x), values, bias, pattern, programs(pattern), out, norm, result, moments)
     return out
 
 
@@ -259,12 +261,19 @@ def plan_conv2d(shape, out_shape, conv, nnz: int, most_threads: int) -> ConvPlan
     return ConvPlan(convolution(*conv), source.size, source.strides, dest.positions, dest.strides, nnz, threads)
 
 
-def run_conv2d(plan: ConvPlan, x, values, bias, pattern, programs, out: Tensor, norm=None, result=None) -> None:
-    _native.forward(
+def run_conv2d(
+    plan: ConvPlan, x, values, bias, pattern, programs, out: Tensor, norm=None, result=None, moments=None
+) -> None:
+    mean = variance = None
+    if moments is not None:
+        mean, variance = (torch.empty(out.shape[1]) for _ in range(2))
+    taken = _native.forward(
         plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, out.data_ptr(),
         plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), plan.nnz,
-        programs, plan.threads, _norm_arguments(norm), _result_arguments(result),
+        programs, plan.threads, _norm_arguments(norm), _result_arguments(result), _pointer(mean), _pointer(variance),
     )  # fmt: skip
+    if taken:
+        moments.mean, moments.variance = mean, variance
 
 
 def conv2d_input_grad(
@@ -346,7 +355,7 @@ def linear(x, values, bias, pattern, in_features, out_features, out: Tensor) -> 
     _native.forward(
         conv, ELEMENTS[x.dtype], size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0),
         pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(),
-        programs(pattern), _linear_threads(values.numel(), x, out, in_features), None, None,
+        programs(pattern), _linear_threads(values.numel(), x, out, in_features), None, None, 0, 0,
     )  # fmt: skip
     return out
 

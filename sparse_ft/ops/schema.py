@@ -194,7 +194,7 @@ def _linear_weight_bias_grad(grad, x, pattern, in_features, out_features):
     return value_grad, bias_grad
 
 
-def _conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups):
+def _conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, moments=None):
     conv = (weight_shape, stride, padding, dilation, groups)
     shape = conv2d_output_shape(x.shape, *conv)
     _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
@@ -202,7 +202,7 @@ def _conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, g
         return _batch_last(reference.conv2d(x, values, bias, pattern, *conv))
     out = empty(shape, BATCH_LAST, x)
     if out.numel():
-        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out)
+        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out, moments=moments)
     return out
 
 
@@ -238,7 +238,7 @@ def _check_norm(x, weight, bias, mean, rstd, activation) -> None:
 
 def _norm_conv2d(
     x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride, padding,
-    dilation, groups,
+    dilation, groups, moments=None,
 ):  # fmt: skip
     conv = (weight_shape, stride, padding, dilation, groups)
     shape = conv2d_output_shape(x.shape, *conv)
@@ -250,7 +250,7 @@ def _norm_conv2d(
     out = empty(shape, BATCH_LAST, x)
     if out.numel():
         norm = (*map(_contiguous, (mean, rstd, norm_weight, norm_bias)), activation)
-        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out, norm)
+        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out, norm, moments=moments)
     return out
 
 
