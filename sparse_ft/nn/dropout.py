@@ -8,7 +8,7 @@ from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import calls, native_reason
 from sparse_ft.ops.gradients import dropout
 
-_FEWEST = 4096  # values: with fewer, torch's own is as fast or faster
+FEWEST_VALUES = 8192  # with fewer, torch's own is as fast or faster
 
 
 @adapts("torch.nn", "Dropout", everywhere=True)
@@ -30,7 +30,7 @@ def _suits(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.numel() >= _FEWEST
+        and x.numel() >= FEWEST_VALUES
         and x.is_contiguous()
         and native_reason(x) is None
         and not calls.transformed()

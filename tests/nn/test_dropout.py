@@ -12,7 +12,7 @@ import sparse_ft
 from sparse_ft.nn import LayoutNorm, NativeDropout, follow_layout
 from sparse_ft.ops import BATCH_LAST
 
-SHAPE = (64, 96)
+SHAPE = (96, 96)
 
 
 def native(p: float = 0.5, **options) -> nn.Dropout:
@@ -99,7 +99,7 @@ def test_evaluation_is_the_identity():
 def test_checkpoints_draw_the_same_again(use_reentrant):
     model = mlp()
     sparse_ft.convert(model, policy="always")
-    x = torch.randn(64, 32, requires_grad=True)
+    x = torch.randn(96, 32, requires_grad=True)
     results = []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
         torch.manual_seed(1)
@@ -154,7 +154,7 @@ def test_autocast():
     model = mlp()
     sparse_ft.convert(model, policy="always")
     with torch.autocast("cpu", torch.bfloat16):
-        y = model(torch.randn(64, 32))
+        y = model(torch.randn(96, 32))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
