@@ -156,6 +156,17 @@ struct Transpose {  // to[b][j][i] = from[b][i][j], i < rows, j < cols; strides 
     int threads;
 };
 
+struct Dropout {  // y = x * scale where an element's random number is at least least_kept, otherwise x * 0
+    Element element;
+    int64_t size;
+    const void* x;
+    void* y;
+    uint64_t seed;
+    uint32_t least_kept;
+    float scale;
+    int threads;
+};
+
 struct PatternShape {
     int64_t out_channels, in_per_group, kernel_h, kernel_w, groups;
     int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
@@ -210,6 +221,7 @@ struct Kernels {
     void (*pool_forward)(const Pool&);
     void (*pool_backward)(const Pool&);
     void (*transpose)(const Transpose&);
+    void (*dropout)(const Dropout&);
     // Bits of the magnitudes above a threshold and how many each (block, channel) has; then their values; and back.
     void (*compact_bits)(const Compact&, const View& x, float threshold, uint8_t* bits, int64_t* counts, int threads);
     void (*compact_values)(const Compact&, const View& x, float* values, int threads);

@@ -452,6 +452,14 @@ PYBIND11_MODULE(_native, m) {
         active_kernels().transpose(q);
     });
 
+    m.def("dropout", [](int element, Address x, Address y, int64_t size, int64_t seed, uint32_t least_kept,
+                        float scale, int threads) {
+        const Dropout q{
+            element_of(element), size, at<const void>(x), at<void>(y), uint64_t(seed), least_kept, scale, threads};
+        py::gil_scoped_release release;
+        active_kernels().dropout(q);
+    });
+
     m.def("nth_magnitude", [](Address x, int64_t count, int64_t n, int threads) {
         py::gil_scoped_release release;
         return nth_magnitude(at<const float>(x), count, n, threads);

@@ -27,7 +27,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const Kernels& kernels = *all[in.byte() % all.size()];
     const bool guarded = std::strstr(kernels.name, "jit") != nullptr;
     try {
-        switch (op % 16) {
+        switch (op % 17) {
             case 5:
                 fuzz_norm_depthwise(in, kernels, guarded);
                 break;
@@ -58,6 +58,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             case 14:
             case 15:
                 fuzz_compact(in, kernels, guarded);
+                break;
+            case 16:
+                fuzz_dropout(in, kernels, guarded);
                 break;
             default:
                 fuzz_product(in, kernels, guarded);

@@ -199,6 +199,7 @@ void fuzz_norm_depthwise(Bytes& in, const Kernels& kernels, bool guarded);
 void fuzz_norm(Bytes& in, const Kernels& kernels);
 void fuzz_pool(Bytes& in, const Kernels& kernels);
 void fuzz_transpose(Bytes& in, const Kernels& kernels, bool guarded);
+void fuzz_dropout(Bytes& in, const Kernels& kernels, bool guarded);
 void fuzz_compact(Bytes& in, const Kernels& kernels, bool guarded);
 void fuzz_rows(Bytes& in);
 void fuzz_rows_above(Bytes& in, const Kernels& kernels, bool guarded);

@@ -1,4 +1,4 @@
-// What works on activations: norms, pooling, changes of layout, and keeping the largest values.
+// What works on activations: norms, pooling, changes of layout, dropout, and keeping the largest values.
 #include "convolution.h"
 #include "fuzz.h"
 
@@ -185,6 +185,49 @@ void fuzz_transpose(Bytes& in, const Kernels& kernels, bool guarded) {
             for (int64_t k = 0; k < q.cols; ++k)
                 if (from[b * q.from_inner + i * q.from_row + k] != to[b * q.to_inner + k * q.to_col + i])
                     fail("a transpose differs");
+}
+
+namespace {
+
+// Philox4x32-10, as its definition has it.
+uint32_t random_word(uint64_t seed, uint64_t i) {
+    uint32_t word[4] = {uint32_t(i / 4), uint32_t(i / 4 >> 32), 0, 0};
+    uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t left = uint64_t(word[0]) * 0xD2511F53u, right = uint64_t(word[2]) * 0xCD9E8D57u;
+        const uint32_t next[4] = {uint32_t(right >> 32) ^ word[1] ^ key[0], uint32_t(right),
+                                  uint32_t(left >> 32) ^ word[3] ^ key[1], uint32_t(left)};
+        std::memcpy(word, next, sizeof word);
+        key[0] += 0x9E3779B9u;
+        key[1] += 0xBB67AE85u;
+    }
+    return word[i % 4];
+}
+
+}  // namespace
+
+void fuzz_dropout(Bytes& in, const Kernels& kernels, bool guarded) {
+    Dropout q{};
+    q.size = in.small(0, 255) * in.small(1, 5);
+    q.threads = int(in.small(1, 3));
+    q.seed = uint64_t(in.word()) << 32 | in.word();
+    q.least_kept = in.word();
+    q.scale = 1.5f;
+    q.element = element_of(int(in.small(0, 1)));
+    const bool at_end = in.byte() % 2;
+    Floats x(q.size, guarded, at_end), y(q.size, guarded, at_end);
+    fill(x, in.word());
+    const Stored stored_x(x, q.element, guarded, at_end), stored_y(y, q.element, guarded, at_end);
+    q.x = stored_x.get();
+    q.y = stored_y.get();
+    kernels.dropout(q);
+    stored_y.finish();
+    std::snprintf(described, sizeof described, "%s dropout of type %d: %ld", kernels.name, int(q.element),
+                  long(q.size));
+    std::vector<double> expected, size(size_t(q.size), 0.0);
+    for (int64_t i = 0; i < q.size; ++i)
+        expected.push_back(random_word(q.seed, uint64_t(i)) >= q.least_kept ? x[i] * 1.5 : 0);
+    compare(y.get(), expected, size, "dropout differs from plain loops", q.element);
 }
 
 // An activation whose largest values are kept, what is made of it again, and the weight gradient from it

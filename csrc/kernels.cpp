@@ -24,6 +24,7 @@ const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
                                pool_forward,
                                pool_backward,
                                transpose_batches,
+                               dropout,
                                compact_bits,
                                compact_values,
                                compact_expand,

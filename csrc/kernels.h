@@ -21,6 +21,7 @@ const char* norm_depthwise_backward(const NormDepthwise&);
 void pool_forward(const Pool&);
 void pool_backward(const Pool&);
 void transpose_batches(const Transpose&);
+void dropout(const Dropout&);
 void compact_bits(const Compact&, const View& x, float threshold, uint8_t* bits, int64_t* counts, int threads);
 void compact_values(const Compact&, const View& x, float* values, int threads);
 void compact_expand(const Compact&, const View& x, int threads);

@@ -111,8 +111,9 @@ def convert(
     """Turn pruned layers of `model` into native sparse layers, in place.
 
     Linear (also transformers' Conv1D) and Conv2d layers whose weight has enough zeros become `SparseLinear` and
-    `SparseConv2d`; stock norms and convolutions take the layout that sparse convolutions give. Names, state dict and
-    results stay those of the dense model; `to_dense` is the exact inverse. Parameters of converted layers are new
+    `SparseConv2d`; stock norms and convolutions take the layout that sparse convolutions give, and `nn.Dropout` draws
+    natively: with the same distribution, but other random numbers. Names, state dict and results stay those of the
+    dense model; `to_dense` is the exact inverse. Parameters of converted layers are new
     objects, so convert before making an optimizer.
 
     Args:
@@ -178,15 +179,17 @@ def convert(
 
 
 def _install(model: nn.Module, layers: Iterable[tuple[str, SparseModule]]) -> None:
-    """Puts sparse layers into the places of the dense ones, and lets their neighbours follow their layout."""
+    """Puts sparse layers into the places of the dense ones, and adapts their neighbours."""
     places = _places(model)
     for name, sparse in layers:
         dense = model.get_submodule(name)
         _move_hooks(dense, sparse)
         _replace(places, dense, sparse)
-    if any(isinstance(module, SparseConv2d) for module in model.modules()):
+    sparse_layers = [module for module in model.modules() if isinstance(module, SparseModule)]
+    if sparse_layers:
+        convolutions = any(isinstance(module, SparseConv2d) for module in sparse_layers)
         for module in model.modules():
-            follow_layout(module)
+            follow_layout(module, convolutions=convolutions)
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from sparse_ft.nn.conv import SparseConv2d
 from sparse_ft.nn.dense import LayoutConv, survives_channels_last
+from sparse_ft.nn.dropout import NativeDropout
 from sparse_ft.nn.frozen import FrozenMasks, freeze_masks
 from sparse_ft.nn.linear import SparseLinear, is_transformers_conv1d
 from sparse_ft.nn.module import SparseModule
@@ -20,6 +21,7 @@ __all__ = [
     "LayoutNorm",
     "LayoutNormAct",
     "LayoutSqueeze",
+    "NativeDropout",
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",

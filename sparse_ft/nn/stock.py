@@ -1,4 +1,5 @@
-"""Stock modules beside sparse convolutions: the same modules with a forward that minds the layout.
+"""Stock modules beside sparse layers: the same modules with a forward that minds the layout of sparse convolutions, or
+that is native too.
 
 A module is adapted in place, by its class: it keeps its parameters, buffers, hooks, state dict and results, and
 `restore_stock` takes the adaptation back. An adapter is a mixin whose `forward` goes before the stock one; where it
@@ -13,13 +14,17 @@ from collections.abc import Callable
 from torch import nn
 
 _ADAPTERS: dict[str, tuple[str, type]] = {}  # name of a stock class -> its library, and the mixin
+_EVERYWHERE: set[type] = set()  # mixins that have nothing to do with layouts
 
 
-def adapts(library: str, *names: str) -> Callable[[type], type]:
-    """Registers a mixin as the adapter of the classes `names` of the module `library`."""
+def adapts(library: str, *names: str, everywhere: bool = False) -> Callable[[type], type]:
+    """Registers a mixin as the adapter of the classes `names` of the module `library`; `everywhere` is one that gains
+    in models without sparse convolutions, too."""
 
     def register(mixin: type) -> type:
         _ADAPTERS.update((name, (library, mixin)) for name in names)
+        if everywhere:
+            _EVERYWHERE.add(mixin)
         return mixin
 
     return register
@@ -56,9 +61,12 @@ def stock_type(module: nn.Module) -> type:
     return kind.__bases__[1] if kind.__module__ == __name__ else kind
 
 
-def follow_layout(module: nn.Module) -> bool:
-    """Adapt a stock module in place; False for one that is of no known stock class."""
+def follow_layout(module: nn.Module, *, convolutions: bool = True) -> bool:
+    """Adapt a stock module in place; False for one that is of no known stock class, or that has nothing to gain
+    without sparse `convolutions` in its model."""
     adapted = _adapted_class(type(module))
+    if adapted is not None and not convolutions and adapted.__bases__[0] not in _EVERYWHERE:
+        return False
     if adapted is not None:
         module.__class__ = adapted
     return adapted is not None

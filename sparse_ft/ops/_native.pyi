@@ -88,6 +88,9 @@ def transpose(
     element: int, source: int, dest: int, batch: _Sizes, size: _Sizes, from_stride: _Sizes, to_stride: _Sizes,
     threads: int,
 ) -> None: ...  # fmt: skip
+def dropout(
+    element: int, x: int, y: int, size: int, seed: int, least_kept: int, scale: float, threads: int
+) -> None: ...
 def nth_magnitude(x: int, count: int, n: int, threads: int) -> float: ...
 def mask_largest(x: int, count: int, keep: int, mask: int, threads: int) -> None: ...
 def compact_bits(

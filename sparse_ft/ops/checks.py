@@ -115,6 +115,16 @@ def check_activation(activation: int) -> None:
         raise ValueError(f"activation must be one of {list(map(int, Activation))} (see Activation), not {activation}")
 
 
+def check_probability(p: float) -> None:
+    """A number from 0 to 1.
+
+    Raises:
+        ValueError: for another one.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"a probability lies between 0 and 1, not {p}")
+
+
 def check_whole_norm(weight, bias, mean, variance) -> None:
     """A norm with its statistics, or none.
 

@@ -268,6 +268,17 @@ class _ToLayout(torch.autograd.Function):
         return (grad if layout_of(grad) == ctx.layout else to_layout(grad, ctx.layout)), None
 
 
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p, seed):
+        ctx.p, ctx.seed = p, seed
+        return _dropout(x, p, seed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return dropout(grad, ctx.p, ctx.seed), None, None
+
+
 def _once(name):
     """An Autograd kernel for an operator that is itself a gradient."""
     compute = below_autograd(name)
@@ -301,11 +312,13 @@ _DIFFERENTIABLE = {
     "max_pool2d": _MaxPool2d.apply,
     "avg_pool2d": _AvgPool2d.apply,
     "to_layout": _ToLayout.apply,
+    "dropout": _Dropout.apply,
 }
 (
-    _linear, _conv2d, _norm_conv2d, _norm_depthwise, _batch_norm, _conv2d_norm, _max_pool2d, _avg_pool2d, _to_layout
+    _linear, _conv2d, _norm_conv2d, _norm_depthwise, _batch_norm, _conv2d_norm, _max_pool2d, _avg_pool2d, _to_layout,
+    _dropout,
 ) = map(below_autograd, _DIFFERENTIABLE)  # fmt: skip
-linear, conv2d, norm_conv2d, norm_depthwise, batch_norm, conv2d_norm, max_pool2d, avg_pool2d, to_layout = (
+linear, conv2d, norm_conv2d, norm_depthwise, batch_norm, conv2d_norm, max_pool2d, avg_pool2d, to_layout, dropout = (
     caller(name, function) for name, function in _DIFFERENTIABLE.items()
 )
 linear_input_grad, linear_weight_grad = caller("linear_input_grad"), caller("linear_weight_grad")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch  # before the native core, which then shares torch's OpenMP runtime
 from torch import Tensor
 
-from sparse_ft.ops import _native
+from sparse_ft.ops import _native, philox
 from sparse_ft.ops.allocation import ELEMENTS
 from sparse_ft.ops.by_tensor import ByTensor
 from sparse_ft.ops.layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, empty, is_batch_last, layout_of
@@ -450,6 +450,13 @@ def pool_backward(grad: Tensor, axes, chosen: Tensor | None, grad_x: Tensor) -> 
     _native.pool_backward(
         ELEMENTS[grad.dtype], axes[0], axes[1], n, c, grad.data_ptr(), _pointer(chosen), grad_x.data_ptr(), threads
     )
+
+
+def dropout(x: Tensor, p: float, seed: int, out: Tensor) -> None:
+    _native.dropout(
+        ELEMENTS[x.dtype], x.data_ptr(), out.data_ptr(), x.numel(), seed, philox.least_kept(p), philox.scale(p),
+        _threads(4 * x.numel()),
+    )  # fmt: skip
 
 
 __all__ = ["CHANNELS_LAST", "activate_isa", "active_isa", "available_isas", "native_reason"]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from sparse_ft.ops import philox
 from sparse_ft.ops.activations import activate, slope
 from sparse_ft.ops.pattern import flat_index
 
@@ -175,3 +176,9 @@ def avg_pool2d_backward(grad, rows, row_ends, row_scale, columns, column_ends, c
     vertical = _averaging(grad, input_shape[2], rows, row_ends, row_scale)
     horizontal = _averaging(grad, input_shape[3], columns, column_ends, column_scale)
     return torch.einsum("oh,ncop,pw->nchw", vertical, _wide(grad), horizontal).to(grad.dtype)
+
+
+def dropout(x, p, seed) -> Tensor:
+    wide = _wide(x.contiguous())
+    kept = philox.words(x.numel(), seed, x.device).view(x.shape) >= philox.least_kept(p)
+    return (wide * torch.where(kept, philox.scale(p), 0.0).to(wide.dtype)).to(x.dtype)

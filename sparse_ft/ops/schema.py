@@ -17,6 +17,8 @@
                       and `columns` and are clipped to the input
     avg_pool2d        (N, C, H, W) -> sums over [rows, row_ends) x [columns, column_ends), scaled
     to_layout         a copy in another memory layout
+    dropout           x / (1 - p), or 0 with probability p: the random number of element i of the contiguous tensor is
+                      made of the seed and i alone, so that the gradient is the same operator and nothing is kept
     *_input_grad, *_weight_grad, batch_norm_backward    their gradients, operators too
     linear_weight_bias_grad    both in one pass over the gradient
 
@@ -40,6 +42,7 @@ from sparse_ft.ops.checks import (
     check_geometry,
     check_image,
     check_layout,
+    check_probability,
     check_same_shape,
     check_weight,
     check_whole_norm,
@@ -86,6 +89,7 @@ for _schema in (
     f"avg_pool2d(Tensor x, {_AVERAGE}) -> Tensor",
     f"avg_pool2d_backward(Tensor grad, {_AVERAGE}, SymInt[] input_shape) -> Tensor",
     "to_layout(Tensor x, int layout) -> Tensor",
+    "dropout(Tensor x, float p, int seed) -> Tensor",
 ):
     library.define(_schema)
 
@@ -488,6 +492,16 @@ def _to_layout(x, layout):
     return native.to_layout(x, layout)
 
 
+def _dropout(x, p, seed):
+    check_probability(p)
+    if native_reason(x):
+        return reference.dropout(x, p, seed)
+    out = allocation.empty(x, *x.shape)
+    if out.numel():
+        native.dropout(x.contiguous(), p, seed, out)
+    return out
+
+
 IMPLEMENTATIONS: dict[str, Callable] = {
     "linear": _linear,
     "linear_input_grad": _linear_input_grad,
@@ -509,6 +523,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "avg_pool2d": _avg_pool2d,
     "avg_pool2d_backward": _avg_pool2d_backward,
     "to_layout": _to_layout,
+    "dropout": _dropout,
 }
 for _name, _function in IMPLEMENTATIONS.items():
     for _key in ("CPU", "CUDA", "MPS"):
@@ -649,6 +664,11 @@ def _(grad, rows, row_ends, row_scale, columns, column_ends, column_scale, input
 @torch.library.register_fake("sparse_ft::to_layout")
 def _(x, layout):
     return empty(x.shape, layout, x)
+
+
+@torch.library.register_fake("sparse_ft::dropout")
+def _(x, p, seed):
+    return x.new_empty(x.shape)
 
 
 calls.provide(IMPLEMENTATIONS)

@@ -12,7 +12,7 @@ MAXIMUM = ([-1, 1, 3], [0, 2], (2, 3), (2, 1))
 AVERAGE = ([0, 2], [4, 6], [0.25, 0.25], [0, 1, 4], [1, 4, 5], [1.0, 0.5, 1.0])
 DIFFERENTIABLE = (
     "linear", "conv2d", "norm_conv2d", "norm_depthwise", "conv2d_norm", "batch_norm", "max_pool2d", "avg_pool2d",
-    "to_layout",
+    "to_layout", "dropout",
 )  # fmt: skip
 
 
@@ -132,6 +132,7 @@ def _samples(name: str, dtype: torch.dtype, weights: torch.dtype | None = None) 
         "avg_pool2d": [(leaf(*image), *AVERAGE)],
         "avg_pool2d_backward": [(leaf(3, 6, 2, 3), *AVERAGE, list(image))],
         "to_layout": [(leaf(*image), layout) for layout in (CONTIGUOUS, CHANNELS_LAST, BATCH_LAST)],
+        "dropout": [(leaf(*shape), p, seed) for shape, p, seed in (((3, 7), 0.5, 1), (image, 0.25, -1))],
     }[name]
 
 
@@ -140,6 +141,7 @@ NAMES = [
     "conv2d_weight_grad", "norm_conv2d", "norm_conv2d_weight_grad", "norm_depthwise", "norm_depthwise_backward",
     "conv2d_norm", "batch_norm", "batch_norm_statistics", "batch_norm_backward",
     "max_pool2d", "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
+    "dropout",
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from sparse_ft.conversion import convert
 from sparse_ft.data import load_data, prepare
 from sparse_ft.interrupt import TrainingInterrupted
 from sparse_ft.masks import mask_state
-from sparse_ft.nn import SparseModule
+from sparse_ft.nn import SparseModule, dropout
 
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05}
 ADAMW = {"optim": "adamw_torch", "weight_decay": 0.1, "lr_scheduler_type": "linear"}
@@ -57,6 +57,17 @@ def test_resume_is_exact(tmp_path, make_model, optimizer):
         resumed = make_trainer(other, tmp_path / "again", **arguments | {"sparse_ignore": None})
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_run(resumed, whole)
+
+
+def test_resume_with_native_dropout(tmp_path, monkeypatch):
+    monkeypatch.setattr(dropout, "FEWEST_VALUES", 0)  # tests are small
+    arguments = ADAMW | {"save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(pruned(bert()), tmp_path, **arguments)
+    whole.train()
+    assert any(isinstance(module, dropout.NativeDropout) for module in whole.model.modules())
+    resumed = make_trainer(bert(seed=1), tmp_path / "again", **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_run(resumed, whole)
 
 
 def test_resume_of_a_converted_model_takes_the_masks_of_the_checkpoint(tmp_path):
