@@ -87,40 +87,40 @@ template <class T, bool kMax>
 void backward(const Pool& q) {
     const int64_t n = q.batch;
     const Reach rows(q.y);
-#pragma omp parallel for schedule(static) num_threads(q.threads)
-    for (int64_t line = 0; line < q.channels * q.y.size; ++line) {
-        const Windows x = q.x;
-        const size_t y = size_t(line % q.y.size);
-        const int64_t channel = line / q.y.size * q.y.count;
-        thread_local Scratch scratch;  // windows that overlap are added up in float
-        T* place = static_cast<T*>(q.grad_input) + line * x.size * n;
-        float* row;
-        if constexpr (std::is_same_v<T, float>)
-            row = place;
-        else
-            row = scratch.floats(size_t(x.size * n));
-        std::fill(row, row + x.size * n, 0.0f);
-        for (size_t a = size_t(rows.start[y]); a < size_t(rows.start[y + 1]); ++a) {
-            const int64_t oy = rows.window[a], from = (channel + oy) * x.count * n;
-            const int32_t taps = rows.tap[a] * x.taps;
-            for (int64_t ox = 0; ox < x.count; ++ox) {
-                const T* grad = static_cast<const T*>(q.grad) + from + ox * n;
-                const uint8_t* chosen = q.chosen + from + ox * n;
-                float* corner = row + x.first[ox] * n;
-                const int32_t low = x.low[ox], high = x.high[ox];
-                const int64_t step = x.step * n;
-                const float weight = kMax ? 1.0f : q.y.scale[oy] * x.scale[ox];
-                each_vector(n, [=](int64_t i, int count) {
-                    const vec g = kMax ? load(grad + i, count) : load(grad + i, count) * weight;
-                    const ivec own = kMax ? load_bytes(chosen + i, count) - taps : ivec{};
-                    for (int32_t tx = low; tx < high; ++tx) {
-                        float* to = corner + tx * step + i;
-                        store(to, load(to, count) + (kMax ? (own == ivec{} + tx ? g : vec{}) : g), count);
-                    }
-                });
+    const bool bypass = q.channels * q.y.size * q.x.size * n * int64_t(sizeof(T)) > kBypassBytes;
+#pragma omp parallel num_threads(q.threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t line = 0; line < q.channels * q.y.size; ++line) {
+            const Windows x = q.x;
+            const size_t y = size_t(line % q.y.size);
+            const int64_t channel = line / q.y.size * q.y.count;
+            thread_local Scratch scratch;  // windows that overlap are added up in float, and in cache
+            float* row = scratch.floats(size_t(x.size * n));
+            std::fill(row, row + x.size * n, 0.0f);
+            for (size_t a = size_t(rows.start[y]); a < size_t(rows.start[y + 1]); ++a) {
+                const int64_t oy = rows.window[a], from = (channel + oy) * x.count * n;
+                const int32_t taps = rows.tap[a] * x.taps;
+                for (int64_t ox = 0; ox < x.count; ++ox) {
+                    const T* grad = static_cast<const T*>(q.grad) + from + ox * n;
+                    const uint8_t* chosen = q.chosen + from + ox * n;
+                    float* corner = row + x.first[ox] * n;
+                    const int32_t low = x.low[ox], high = x.high[ox];
+                    const int64_t step = x.step * n;
+                    const float weight = kMax ? 1.0f : q.y.scale[oy] * x.scale[ox];
+                    each_vector(n, [=](int64_t i, int count) {
+                        const vec g = kMax ? load(grad + i, count) : load(grad + i, count) * weight;
+                        const ivec own = kMax ? load_bytes(chosen + i, count) - taps : ivec{};
+                        for (int32_t tx = low; tx < high; ++tx) {
+                            float* to = corner + tx * step + i;
+                            store(to, load(to, count) + (kMax ? (own == ivec{} + tx ? g : vec{}) : g), count);
+                        }
+                    });
+                }
             }
+            write_run(static_cast<T*>(q.grad_input) + line * x.size * n, row, x.size * n, bypass);
         }
-        if constexpr (!std::is_same_v<T, float>) write_run(place, row, x.size * n, false);
+        if (bypass) finish_stores_around();
     }
 }
 
