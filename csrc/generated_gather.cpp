@@ -351,6 +351,7 @@ class GeneratedGather {
         const int64_t column = d.x * g.dest_step_x, pieces = follow ? 1 : tile.cols;
         const int64_t first = slice.vector * kLanes;
         const int64_t length = follow ? std::min(run.floats - first, slice.vectors * kLanes) : tile.lanes;
+        const int64_t ahead = rows_ahead(length * pieces * slice.rows * int64_t(sizeof(float)));
         with_result(q, [&](auto result) {
             for (int slot = 0; row < end; ++row, ++slot, from += row_step)
                 for (int64_t r = 0; r < slice.rows; ++r)
@@ -358,6 +359,7 @@ class GeneratedGather {
                         const int64_t at = row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
                                            p.dest_x * d.x + (tile.x + c) * column + tile.n + first;
                         float* run_of_results = from + r * slice.vectors * kLanes + c * t.lanes;
+                        if (row + ahead < end) result.fetch(at + ahead * d.c, length);
                         result.finish(row, run_of_results, at, length);
                         if (measuring) moments.add<T>(slot, run_of_results, length);
                         write_run(to + at, run_of_results, length, bypass);

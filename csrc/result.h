@@ -9,11 +9,17 @@ namespace SPARSE_FT_ISA {
 
 struct AsComputed {
     void finish(int64_t, float*, int64_t, int64_t) const {}
+    void fetch(int64_t, int64_t) const {}
 };
 
 template <class Act, bool kResidual>
 struct Finished {
     const ResultNorm& norm;
+    // What finish() will read there.
+    void fetch(int64_t at, int64_t count) const {
+        if constexpr (kResidual)
+            for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(float))) prefetch(norm.residual + at + i);
+    }
     // `count` results of a row in place; `at`: where the first of them goes, in floats from the destination's begin.
     void finish(int64_t row, float* results, int64_t at, int64_t count) const {
         // In the steps of a norm that is a pass of its own, and so to its last bit.
