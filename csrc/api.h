@@ -60,9 +60,11 @@ struct SourceNorm {
 };
 
 // What a product's results go through before they are stored to a batch-last destination, by row:
-// activation((result - mean) * scale + offset + residual). The residual, which may be null, lies as the destination.
+// activation((result - mean) * scale + offset + residual). The residual, which may be null, lies as the destination
+// and has its type.
 struct ResultNorm {
-    const float *mean, *scale, *offset, *residual;
+    const float *mean, *scale, *offset;
+    const void* residual;
     Activation activation;
 };
 

@@ -99,7 +99,7 @@ class Exit {
         }
         if (!mean || !bias) zeros.assign(size_t(rows), 0.0f);
         norm = {mean ? at<const float>(mean) : zeros.data(), scale.data(), bias ? at<const float>(bias) : zeros.data(),
-                at<const float>(residual), activation_of(activation)};
+                at<const void>(residual), activation_of(activation)};
         given = true;
     }
     Exit(const Exit&) = delete;  // the norm points into it
@@ -124,7 +124,6 @@ bool forward(const Convolution& c, int element, const Four& size, Address x, con
     f.product.element = element_of(element);
     f.product.norm = entrance.get();
     f.product.result = exit.get();
-    require(result == std::nullopt || f.product.element == Element::kFloat, "only float32 results are normalised");
     f.product.values = at<const float>(values);
     f.product.bias = at<const float>(bias);
     f.product.dest = view(y, y_stride);

@@ -127,7 +127,7 @@ class Depthwise {
         const int64_t rows = std::clamp<int64_t>(kStageFloats / pitch, 1, p.height);
         float* stage = stage_scratch.floats(size_t(rows * pitch + kTogether * kLanes));
         const int64_t pieces = d.x == n ? 1 : p.width, length = p.width * n / pieces;
-        with_result(q, [&](auto result) {
+        with_result<float>(q, [&](auto result) {
             for (int64_t y = 0; y < p.height; y += rows) {
                 const int64_t end = std::min(y + rows, p.height), run = (end - y - 1) * pitch + p.width * n;
                 for (int64_t i = 0; i < run; i += kTogether * kLanes)

@@ -230,24 +230,32 @@ class DepthwiseRows {
         const Runs r = runs(stretch, d, g.dest_step_x);
         T* to = dest + (p.dest_y + y * g.dest_step_y) * d.y + (p.dest_x + stretch.first * g.dest_step_x) * d.x;
         const int64_t step = g.dest_step_x * d.x;
-        if constexpr (std::is_same_v<T, float>)
-            if (q.result != nullptr) return write_finished(channel.number, stretch, taps, from, to, r, step);
+        if (q.result != nullptr) return write_finished(channel.number, stretch, taps, from, to, r, step);
         write_sums(channel.number, stretch, taps, from, to, r, step, bypass);
     }
 
+    static float* as_floats(float* run, int64_t) { return run; }
+    static float* as_floats(const Bf16* run, int64_t length) {
+        thread_local Scratch scratch;
+        float* floats = scratch.floats(size_t(length));
+        read_run(run, floats, length);
+        return floats;
+    }
     // With what follows a product's sums; a row of them waits in the first-level cache.
-    void write_finished(int64_t channel, const Stretch& stretch, const Taps& taps, const float* from, float* to,
-                        Runs staged, int64_t step) const {
+    void write_finished(int64_t channel, const Stretch& stretch, const Taps& taps, const T* from, T* to, Runs staged,
+                        int64_t step) const {
         const int64_t positions = stretch.end - stretch.first;
         thread_local Scratch scratch;
-        float* stage = scratch.floats(size_t(positions * g.batch));
+        // As they would be stored, and as floats: one place where these are the same.
+        T* stage = scratch.of<T>(size_t(positions * g.batch));
         staged.to_step = g.batch;
         write_sums(channel, stretch, taps, from, stage, staged, g.batch, false);
         const int64_t pieces = step == g.batch ? 1 : positions, length = positions * g.batch / pieces;
-        with_result(q, [&](auto result) {
+        with_result<T>(q, [&](auto result) {
             for (int64_t i = 0; i < pieces; ++i, to += step, stage += length) {
-                result.finish(channel, stage, to - static_cast<float*>(q.dest.data), length);
-                write_run(to, stage, length, bypass);
+                float* results = as_floats(stage, length);
+                result.finish(channel, results, to - static_cast<T*>(q.dest.data), length);
+                write_run(to, results, length, bypass);
             }
         });
     }

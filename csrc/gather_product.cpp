@@ -207,7 +207,7 @@ class GatherProduct {
                     with_element(q.element, [&](auto element) {
                         using T = decltype(element);
                         if (d.n != 1) return scatter_channels_last<T>(g, p, tile, stage, padded, d, row, end - row);
-                        with_result(q, [&](auto result) {
+                        with_result<T>(q, [&](auto result) {
                             for (int64_t r = row; r < end; ++r)
                                 scatter_batch_last<T>(g, p, tile, stage + (r - row) * tile.rows * padded, padded,
                                                       t.lanes, d, r, result);

@@ -352,7 +352,7 @@ class GeneratedGather {
         const int64_t first = slice.vector * kLanes;
         const int64_t length = follow ? std::min(run.floats - first, slice.vectors * kLanes) : tile.lanes;
         const int64_t ahead = rows_ahead(length * pieces * slice.rows * int64_t(sizeof(float)));
-        with_result(q, [&](auto result) {
+        with_result<T>(q, [&](auto result) {
             for (int slot = 0; row < end; ++row, ++slot, from += row_step)
                 for (int64_t r = 0; r < slice.rows; ++r)
                     for (int64_t c = 0; c < pieces; ++c) {

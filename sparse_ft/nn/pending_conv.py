@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparse_ft.nn.deferred import Deferred, Operands, pending_of, result_of
 from sparse_ft.ops import BATCH_LAST, Activation, is_batch_last
+from sparse_ft.ops.allocation import ELEMENTS
 from sparse_ft.ops.calls import transformed
 from sparse_ft.ops.evaluation import Weights
 from sparse_ft.ops.gradients import conv2d, conv2d_norm, to_layout
@@ -66,7 +67,7 @@ class PendingConv(Operands):
         return other
 
     def takes(self, residual: Tensor) -> bool:
-        return _is_known(residual) and residual.shape == self.shape
+        return _is_known(residual, self.dtype) and residual.shape == self.shape
 
     def added(self, residual: Tensor) -> PendingConv:
         other = self._copy()
@@ -104,9 +105,9 @@ class PendingConv(Operands):
         return Deferred(self)
 
 
-def _is_known(tensor: Tensor | None) -> bool:
+def _is_known(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the native kernels take a tensor, if there is one, and it would be seen if it changed."""
-    return tensor is None or (tensor.dtype is torch.float32 and tensor.is_cpu and not tensor.is_inference())
+    return tensor is None or (tensor.dtype is dtype and tensor.is_cpu and not tensor.is_inference())
 
 
 def defer_conv(conv: SparseConv2d, x: Tensor) -> Tensor | None:
@@ -118,7 +119,7 @@ def defer_conv(conv: SparseConv2d, x: Tensor) -> Tensor | None:
         if pending is not None and pending.activation:
             return None  # it may be taken unfinished
         x = result_of(x)
-    if type(x) is not Tensor or x.dim() != 4 or not x.is_cpu or x.dtype is not torch.float32:
+    if type(x) is not Tensor or x.dim() != 4 or not x.is_cpu or x.dtype not in ELEMENTS:
         return None
     conv._take_back()
     values, bias = conv._parameters["weight"], conv._parameters["bias"]

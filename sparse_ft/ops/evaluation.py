@@ -1,8 +1,8 @@
 """A convolution's forward pass outside of torch's dispatcher, for layers that wait to see what follows.
 
 It computes what the operators `conv2d` and `conv2d_norm` compute, from tensors that the caller knows to be plain
-float32 ones on the CPU. A pass of a single image goes through some fifty layers in a few milliseconds: what depends on
-shapes alone is looked up.
+ones on the CPU, activations of float32 or bfloat16 and weights of float32. A pass of a single image goes through some
+fifty layers in a few milliseconds: what depends on shapes alone is looked up.
 """
 
 from typing import NamedTuple

@@ -362,7 +362,7 @@ def _conv2d_norm(
     if residual is not None:
         check_same_shape("the residual", residual, shape)
     norm = (norm_weight, norm_bias, mean, variance)
-    if native_reason(weights=(x, residual, values, bias, *norm)):  # float32 alone is finished as it is stored
+    if native_reason(x, residual, weights=(values, bias, *norm)):
         y = reference.conv2d(x, values, bias, pattern, *conv)
         return _batch_last(reference.finish(y, *norm, eps, residual, activation))
     out = empty(shape, BATCH_LAST, x)

@@ -60,12 +60,14 @@ def test_against_float64(isa, name, threads):
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5 * size)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_to_the_last_bit(isa, name):
+def test_to_the_last_bit(isa, name, dtype):
     """The same as the convolution and the norm one after another."""
     x, weight, pattern, values, norm, conv = _case(name)
+    x = as_stored(x.to(dtype), "batch_last")
     y = conv2d(x, values, None, pattern, *conv)
-    residual = as_stored(torch.randn(y.shape), "batch_last")
+    residual = as_stored(torch.randn(y.shape).to(dtype), "batch_last")
     for activation in Activation:
         for added in (None, residual):
             want = batch_norm(y, *norm, 1e-5, added, activation)[0]
