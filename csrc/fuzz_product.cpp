@@ -9,6 +9,25 @@
 namespace sparse_ft {
 namespace fuzz {
 
+// Of every row of a product's results, as they were stored.
+void check_moments(const View& y, int64_t rows, int64_t n, const Two& out, const Floats& means,
+                   const Floats& variances) {
+    std::vector<double> mean(size_t(rows), 0), square(size_t(rows), 0), variance(size_t(rows), 0);
+    const double count = double(n * out[0] * out[1]);
+    const auto each = [&](auto body) {
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t b = 0; b < n; ++b)
+                for (int64_t oy = 0; oy < out[0]; ++oy)
+                    for (int64_t ox = 0; ox < out[1]; ++ox) body(size_t(r), double(at(y, b, r, oy, ox)));
+    };
+    each([&](size_t r, double v) { mean[r] += v / count, square[r] += v * v / count; });
+    each([&](size_t r, double v) { variance[r] += (v - mean[r]) * (v - mean[r]) / count; });
+    std::vector<double> size(size_t(rows), 0);
+    for (size_t r = 0; r < size.size(); ++r) size[r] = std::sqrt(square[r]);
+    compare(means.get(), mean, size, "means differ from plain loops");
+    compare(variances.get(), variance, square, "variances differ from plain loops");
+}
+
 void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
     Convolution c{};
     c.groups = in.number(1, 4);
@@ -80,14 +99,16 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
 
     const int which = int(in.small(0, 2));
     const Element element = element_of(int(in.small(0, 1)));
-    // What a float result goes through as it is stored.
-    const uint8_t with_result = batch_last && element == Element::kFloat ? in.byte() : 0;
+    // What a result goes through as it is stored.
+    const uint8_t with_result = batch_last ? in.byte() : 0;
     Floats result_mean(rows, guarded), result_scale(rows, guarded), result_offset(rows, guarded),
         residual(with_result % 2 ? y.size() : 0, guarded, at_end), row_sums(rows, guarded);
     fill(result_mean, seed + 7), fill(result_scale, seed + 8), fill(result_offset, seed + 9),
         fill(residual, seed + 10);
+    const Stored stored_residual(residual, element, guarded, at_end);
     const ResultNorm result{result_mean.get(), result_scale.get(), result_offset.get(),
-                            with_result % 2 ? residual.get() : nullptr, Activation(with_result / 2 % 7)};
+                            with_result % 2 ? stored_residual.get() : nullptr, Activation(with_result / 2 % 7)};
+    Floats taken_mean(rows, guarded), taken_variance(rows, guarded);
     bool spoilt = false;
     std::vector<int32_t> t_before(t_col.get(), t_col.get() + nnz);
     for (int64_t i = in.byte() % 4 == 0 ? in.small(1, 3) : 0; i > 0; --i) {
@@ -124,11 +145,13 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
             f.product.values = values.get();
             f.product.norm = with_norm > 127 ? &norm : nullptr;
             const bool with_bias = seed % 2;
+            Moments moments{taken_mean.get(), taken_variance.get()};
             if (which == 0) {
                 f.product.bias = with_bias ? bias.get() : nullptr;
                 f.product.result = with_result > 127 ? &result : nullptr;
                 f.product.dest = vy;
                 f.product.dest.data = stored_y.get();
+                f.product.moments = f.product.result == nullptr ? &moments : nullptr;
                 problem = kernels.gather_product(f.product);
             } else {
                 f.product.grad = vy;
@@ -175,10 +198,12 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded) {
                                 expected[place] =
                                     activated(result.activation, (expected[place] - result_mean[r]) * result_scale[r] +
                                                                      result_offset[r] + added);
-                                size[place] = 4 * (1 + size[place]);  // scales are 2 at most, slopes too
+                                // Scales are 2 at most, slopes too; a sum is rounded as if it had been stored.
+                                size[place] = (element == Element::kFloat ? 4 : 160) * (1 + size[place]);
                             }
             compare(which ? value_grad.get() : y.get(), expected, size, "a product differs from plain loops",
                     which ? Element::kFloat : element);
+            if (moments.measured && y.size() > 0) check_moments(vy, rows, n, out, taken_mean, taken_variance);
             if (f.product.row_sums == nullptr) continue;
             expected.assign(size_t(rows), 0);
             size.assign(size_t(rows), 0);

@@ -1,5 +1,7 @@
 // What the two generated products share: tiles, packing, and when they pay.
 #pragma once
+#include <unistd.h>
+
 #include "panel.h"
 #include "transpose.h"
 
@@ -10,8 +12,16 @@ namespace SPARSE_FT_ISA {
 // on the same core. Sums over lanes, which a weight gradient pays once a tile, ask for larger ones; so do linear
 // layers, whose panels hold all their inputs.
 constexpr int64_t kTokenPanel = 448 << 10;
-constexpr int64_t kGatherPanel = 256 << 10;
-constexpr int64_t kSampledPanel = 320 << 10;
+inline bool large_second_level() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const bool large = sysconf(_SC_LEVEL2_CACHE_SIZE) >= 2 << 20;
+    return large;
+#else
+    return false;
+#endif
+}
+inline int64_t gather_panel() { return large_second_level() ? kTokenPanel : 256 << 10; }
+inline int64_t sampled_panel() { return large_second_level() ? kTokenPanel : 320 << 10; }
 constexpr int64_t kRunVectors = 32;  // of a tile row, at most
 
 // Vectors of a tile row: the code steps from one to the next.
@@ -37,7 +47,7 @@ inline TileLimits generated_limits(const Product& q) {
         const int64_t vectors = even_vectors(q, std::clamp<int64_t>(kTokenPanel / vector_bytes, 8, kRunVectors));
         return {vectors * kLanes, vectors * kLanes, 1, kTokenPanel, false, kLanes};
     }
-    const int64_t bytes = q.value_grad ? kSampledPanel : kGatherPanel;
+    const int64_t bytes = q.value_grad ? sampled_panel() : gather_panel();
     int64_t positions = 0;
     for (int64_t i = 0; i < q.plane_count; ++i)
         positions = std::max(positions, q.planes[i].height * q.planes[i].width);
