@@ -138,12 +138,13 @@ struct TileCost {
 
 // Code pays where its loads are shared by several rows, and where there are lanes enough to run it over. A stride
 // above two has more phases, each with code of its own, than `Programs` keeps: they would be made anew at every step.
+// Groups of a token-major product, which nobody has, would end within the bands of rows that are written together.
 inline bool worth_generating(const Product& q, int64_t least_vectors) {
     const Geometry& g = q.geometry;
     int64_t lanes = 0;
     for (int64_t i = 0; i < q.plane_count; ++i) lanes += q.planes[i].height * q.planes[i].width * g.batch;
     return q.programs != nullptr && q.plane_count <= 4 && g.rows_per_group >= 8 && lanes >= least_vectors * kLanes &&
-           q.nnz > 0;
+           q.nnz > 0 && (q.source.n == 1 || g.groups == 1);
 }
 
 }  // namespace SPARSE_FT_ISA
