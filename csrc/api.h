@@ -116,6 +116,7 @@ struct Norm {
 };
 
 // To the last bit the same, whoever computes a norm.
+inline float variance_of(double v) { return float(v > 0 ? v : (v <= 0 ? 0.0 : v)); }  // NaN stays NaN
 inline float reciprocal_deviation(float variance, float eps) { return float(1.0 / std::sqrt(double(variance) + eps)); }
 
 // A depthwise convolution in batch-last layout with the norms on both sides of it. The inner norm's x is the

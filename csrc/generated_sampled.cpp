@@ -373,8 +373,8 @@ class GeneratedSampled {
 }  // namespace
 
 const char* generated_sampled_product(const Product& product) {
-    if (full_sampled_product(product)) return nullptr;
     if (!worth_generating(product, 4)) return sampled_product(product);
+    if (full_sampled_product(product)) return nullptr;
     GeneratedSampled sampled(product);
     const char* problem = nullptr;
     if (sampled.prepare(&problem))

@@ -69,10 +69,7 @@ class JoinedMoments {
         count = all;
     }
     float average() const { return float(mean); }
-    float variance() const {
-        const double v = squares / count;
-        return float(v > 0 ? v : (v <= 0 ? 0.0 : v));  // NaN stays NaN
-    }
+    float variance() const { return variance_of(squares / count); }
 
   private:
     double count = 0, mean = 0, squares = 0;

@@ -59,7 +59,7 @@ void channel_statistics(const Norm& q, int64_t c, const T* x) {
     two_sums(0, q.size, moments(splat(shift)), &a, &b);
     const double mean = a / double(q.size), variance = b / double(q.size) - mean * mean;
     q.mean[c] = float(mean + shift);
-    q.variance[c] = float(variance > 0 ? variance : (variance <= 0 ? 0.0 : variance));  // NaN stays NaN
+    q.variance[c] = variance_of(variance);
 }
 
 template <class T>

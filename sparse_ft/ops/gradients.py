@@ -26,11 +26,11 @@ class _Weighted(torch.autograd.Function):
     """What the linear layer and the convolution share: x, values, bias, pattern, and their geometry."""
 
     @staticmethod
-    def run(compute, ctx, x, values, bias, pattern, geometry):
+    def run(compute, ctx, x, values, bias, pattern, geometry, *more):
         # The input is needed for the weight gradient only.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *pattern)
         ctx.geometry, ctx.input_shape, ctx.bias_dtype = geometry, x.shape, None if bias is None else bias.dtype
-        return compute(x, values, bias, pattern, *geometry)
+        return compute(x, values, bias, pattern, *geometry, *more)
 
 
 class _Linear(_Weighted):
@@ -58,11 +58,8 @@ class _Linear(_Weighted):
 class _Conv2d(_Weighted):
     @staticmethod
     def forward(ctx, x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, moments=None):
-        def compute(*inputs):
-            return _conv2d(*inputs, moments)
-
         geometry = weight_shape, stride, padding, dilation, groups
-        return _Weighted.run(compute, ctx, x, values, bias, pattern, geometry)
+        return _Weighted.run(_conv2d, ctx, x, values, bias, pattern, geometry, moments)
 
     @staticmethod
     def backward(ctx, grad):
