@@ -1,4 +1,4 @@
-// The Python edge: addresses and sizes in, errors out. Everything else in csrc/ knows no Python.
+// The Python edge: addresses and sizes in, errors out (layers: products.cpp, norms.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,11 +11,12 @@
 #include <vector>
 
 #include "api.h"
-#include "block.h"
 #include "convolution.h"
 #include "dispatch.h"
+#include "edge.h"
 #include "positions.h"
 #include "programs.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 using namespace sparse_ft;
@@ -31,10 +32,6 @@ T* at(Address address) {
 
 View view(Address data, const Four& stride) { return {at<void>(data), stride[0], stride[1], stride[2], stride[3]}; }
 
-void raise(const char* problem) {
-    if (problem != nullptr) throw std::invalid_argument(std::string("malformed sparse pattern: ") + problem);
-}
-
 // Works on the bytes of a file without the interpreter's lock; what is wrong with them becomes a ValueError.
 template <class Decoder>
 void decode(const Decoder& decoder) {
@@ -44,196 +41,6 @@ void decode(const Decoder& decoder) {
         problem = decoder();
     }
     if (problem != nullptr) throw std::invalid_argument(problem);
-}
-
-// Runs one kernel without the interpreter's lock; a malformed pattern becomes a ValueError.
-template <class Task>
-void run(const char* (*kernel)(const Task&), const Task& task) {
-    const char* problem;
-    {
-        py::gil_scoped_release release;
-        problem = kernel(task);
-    }
-    raise(problem);
-}
-
-// A norm of a product's source as Python holds it: mean, 1 / standard deviation, weight and bias (which may be null),
-// and the activation.
-using NormArguments = std::optional<std::tuple<Address, Address, Address, Address, int>>;
-
-class Entrance {
-  public:
-    Entrance(const NormArguments& arguments, int64_t channels) {
-        if (!arguments) return;
-        const auto& [mean, rstd, weight, bias, activation] = *arguments;
-        scale.assign(at<const float>(rstd), at<const float>(rstd) + channels);
-        if (weight)
-            for (int64_t c = 0; c < channels; ++c) scale[size_t(c)] *= at<const float>(weight)[c];
-        offset.assign(size_t(channels), 0.0f);
-        if (bias) std::copy_n(at<const float>(bias), channels, offset.begin());
-        norm = {at<const float>(mean), scale.data(), offset.data(), activation_of(activation)};
-        given = true;
-    }
-    Entrance(const Entrance&) = delete;  // the norm points into it
-    const SourceNorm* get() const { return given ? &norm : nullptr; }
-
-  private:
-    std::vector<float> scale, offset;
-    SourceNorm norm{};
-    bool given = false;
-};
-
-// A norm of a product's results: mean, variance, weight, bias, eps, residual, and the activation. Any address may be
-// null; without a variance there is no norm.
-using ResultArguments = std::optional<std::tuple<Address, Address, Address, Address, float, Address, int>>;
-
-class Exit {
-  public:
-    Exit(const ResultArguments& arguments, int64_t rows) {
-        if (!arguments) return;
-        const auto& [mean, variance, weight, bias, eps, residual, activation] = *arguments;
-        scale.assign(size_t(rows), 1.0f);
-        for (int64_t r = 0; variance && r < rows; ++r) {
-            const float rstd = reciprocal_deviation(at<const float>(variance)[r], eps);
-            scale[size_t(r)] = rstd * (weight ? at<const float>(weight)[r] : 1.0f);
-        }
-        if (!mean || !bias) zeros.assign(size_t(rows), 0.0f);
-        norm = {mean ? at<const float>(mean) : zeros.data(), scale.data(), bias ? at<const float>(bias) : zeros.data(),
-                at<const void>(residual), activation_of(activation)};
-        given = true;
-    }
-    Exit(const Exit&) = delete;  // the norm points into it
-    const ResultNorm* get() const { return given ? &norm : nullptr; }
-
-  private:
-    std::vector<float> scale, zeros;
-    ResultNorm norm{};
-    bool given = false;
-};
-
-// Whether it wrote the mean and the variance of its results, where these addresses are not null.
-bool forward(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride, Two out_size,
-             Address y, const Four& y_stride, Address row_ptr, Address col, Address values, Address bias, int64_t nnz,
-             Programs* programs, int threads, const NormArguments& norm, const ResultArguments& result, Address mean,
-             Address variance) {
-    check(c);
-    const Entrance entrance(norm, size[1]);
-    const Exit exit(result, c.weight[0]);
-    ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
-                     programs, threads);
-    f.product.element = element_of(element);
-    f.product.norm = entrance.get();
-    f.product.result = exit.get();
-    f.product.values = at<const float>(values);
-    f.product.bias = at<const float>(bias);
-    f.product.dest = view(y, y_stride);
-    Moments moments{at<float>(mean), at<float>(variance)};
-    if (mean) f.product.moments = &moments;
-    run(active_kernels().gather_product, f.product);
-    return moments.measured;
-}
-
-void input_grad(const Convolution& c, int element, const Four& size, Address grad, const Four& grad_stride,
-                Two out_size, Address grad_x, const Four& grad_x_stride, Address t_row_ptr, Address t_col,
-                Address perm, Address values, int64_t nnz, Programs* programs, int threads) {
-    check(c);
-    InputGradProduct g(c, size, view(grad, grad_stride), out_size, view(grad_x, grad_x_stride),
-                       at<const int32_t>(t_row_ptr), at<const int32_t>(t_col), at<const int32_t>(perm),
-                       at<const float>(values), nnz, programs, threads);
-    g.product.element = element_of(element);
-    run(active_kernels().gather_product, g.product);
-}
-
-void weight_grad(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride, Two out_size,
-                 Address grad, const Four& grad_stride, Address row_ptr, Address col, Address value_grad,
-                 Address row_sums, int64_t nnz, Programs* programs, int threads, const NormArguments& norm) {
-    check(c);
-    const Entrance entrance(norm, size[1]);
-    ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
-                     programs, threads);
-    f.product.element = element_of(element);
-    f.product.norm = entrance.get();
-    f.product.grad = view(grad, grad_stride);
-    f.product.value_grad = at<float>(value_grad);
-    f.product.row_sums = at<float>(row_sums);
-    run(active_kernels().sampled_product, f.product);
-}
-
-Norm norm_of(int element, Address x, int64_t channels, int64_t size, int activation, Address weight, Address bias,
-             Address mean, Address rstd) {
-    Norm q{};
-    q.element = element_of(element);
-    q.activation = activation_of(activation);
-    q.x = at<const void>(x);
-    q.channels = channels;
-    q.size = size;
-    q.weight = at<const float>(weight);
-    q.bias = at<const float>(bias);
-    q.mean = at<float>(mean);
-    q.rstd = at<float>(rstd);
-    return q;
-}
-
-// A norm beside a depthwise convolution: mean, 1 / standard deviation, weight, bias, activation; whether the
-// statistics are x's own; and where the gradients of weight and bias go.
-using BesideArguments = std::tuple<Address, Address, Address, Address, int, bool, Address, Address>;
-
-Norm beside(const BesideArguments& arguments, int element, Address x, int64_t channels, int64_t size) {
-    const auto& [mean, rstd, weight, bias, activation, training, grad_weight, grad_bias] = arguments;
-    Norm q = norm_of(element, x, channels, size, activation, weight, bias, mean, rstd);
-    q.training = training;
-    q.grad_weight = at<float>(grad_weight);
-    q.grad_bias = at<float>(grad_bias);
-    return q;
-}
-
-void check_depthwise(const Convolution& c, const Four& size, const Four& x_stride, const Four& y_stride, Two out) {
-    check(c);
-    const auto batch_last = [&](const Four& stride, int64_t height, int64_t width) {
-        return stride[0] == 1 && stride[1] == height * width * size[0] &&
-               (height == 1 || stride[2] == width * size[0]) && (width == 1 || stride[3] == size[0]);
-    };
-    require(c.groups == c.weight[0] && c.weight[1] == 1, "the convolution is not depthwise");
-    require(batch_last(x_stride, size[2], size[3]) && batch_last(y_stride, out[0], out[1]),
-            "the activations are not batch-last");
-}
-
-void norm_depthwise_forward(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride,
-                            Two out_size, Address y, const Four& y_stride, Address row_ptr, Address col,
-                            Address values, Address bias, int64_t nnz, int threads, const BesideArguments& inner,
-                            Address mean, Address variance) {
-    check_depthwise(c, size, x_stride, y_stride, out_size);
-    ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
-                     nullptr, threads);
-    f.product.element = element_of(element);
-    f.product.values = at<const float>(values);
-    f.product.bias = at<const float>(bias);
-    f.product.dest = view(y, y_stride);
-    NormDepthwise block{f.product, {}, beside(inner, element, x, size[1], size[0] * size[2] * size[3]), {}};
-    block.outer.channels = size[1];
-    block.outer.size = size[0] * out_size[0] * out_size[1];
-    block.outer.mean = at<float>(mean);
-    block.outer.variance = at<float>(variance);
-    run(active_kernels().norm_depthwise_forward, block);
-}
-
-void norm_depthwise_backward(const Convolution& c, int element, const Four& size, Address x, const Four& x_stride,
-                             Two out_size, Address grad, Address y, const Four& y_stride, Address row_ptr, Address col,
-                             Address t_row_ptr, Address t_col, Address perm, Address values, int64_t nnz, int threads,
-                             const BesideArguments& inner, const BesideArguments& outer, Address grad_x,
-                             Address value_grad) {
-    check_depthwise(c, size, x_stride, y_stride, out_size);
-    ForwardProduct f(c, size, view(x, x_stride), out_size, at<const int32_t>(row_ptr), at<const int32_t>(col), nnz,
-                     nullptr, threads);
-    InputGradProduct g(c, size, view(0, y_stride), out_size, view(grad_x, x_stride), at<const int32_t>(t_row_ptr),
-                       at<const int32_t>(t_col), at<const int32_t>(perm), at<const float>(values), nnz, nullptr,
-                       threads);
-    f.product.element = g.product.element = element_of(element);
-    f.product.value_grad = at<float>(value_grad);
-    NormDepthwise block{g.product, f.product, beside(inner, element, x, size[1], size[0] * size[2] * size[3]),
-                        beside(outer, element, y, size[1], size[0] * out_size[0] * out_size[1])};
-    block.outer.grad = at<const void>(grad);
-    run(active_kernels().norm_depthwise_backward, block);
 }
 
 // A compact activation as Python holds it: sizes (blocks, channels, height, width); samples (all, of a block, of a
@@ -264,8 +71,9 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "Native kernels of sparse_ft: raw addresses and sizes; see csrc/api.h.";
 
     py::class_<Convolution>(m, "Convolution")
-        .def(py::init([](Four weight, Two stride, Two padding, Two dilation, int64_t groups) {
-                 Convolution c{weight, stride, padding, dilation, groups};
+        .def(py::init([](Four weight, Two stride, Four padding, Two dilation, int64_t groups) {
+                 const Two begin{padding[0], padding[1]}, end{padding[2], padding[3]};
+                 const Convolution c{weight, stride, begin, dilation, groups, end};
                  check(c);
                  return c;
              }),
@@ -274,21 +82,12 @@ PYBIND11_MODULE(_native, m) {
     py::class_<Programs>(m, "Programs", "Generated kernels of one pattern; they die with it.").def(py::init<>());
 
     m.def("block", [](int element, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
-        DLManagedTensor* block = make_block(element_of(element), shape, strides);
-        if (block == nullptr) throw std::bad_alloc();
-        // Whoever takes the tensor out renames the capsule; until then it owns the block.
-        return py::capsule(block, "dltensor", [](PyObject* capsule) {
-            if (!PyCapsule_IsValid(capsule, "dltensor")) return;
-            auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-            unused->deleter(unused);
-        });
+        return new_tensor(element_of(element), shape, strides).object;
     });
+    m.def("threads", &threads_for);
 
-    m.def("forward", &forward);
-    m.def("input_grad", &input_grad);
-    m.def("weight_grad", &weight_grad);
-    m.def("norm_depthwise_forward", &norm_depthwise_forward);
-    m.def("norm_depthwise_backward", &norm_depthwise_backward);
+    bind_products(m);
+    bind_norms(m);
 
     m.def("count_nonzero", [](Address weight, int64_t numel, int threads) {
         py::gil_scoped_release release;
@@ -350,47 +149,6 @@ PYBIND11_MODULE(_native, m) {
               return results;
           });
 
-    m.def("norm_forward", [](int element, Address x, Address residual, int64_t channels, int64_t size, int activation,
-                             Address weight, Address bias, float eps, bool measure, Address mean, Address variance,
-                             Address rstd, Address y, int threads) {
-        Norm q = norm_of(element, x, channels, size, activation, weight, bias, mean, rstd);
-        q.residual = at<const void>(residual);
-        q.eps = eps;
-        q.measure = measure;
-        q.variance = at<float>(variance);
-        q.y = at<void>(y);
-        q.threads = threads;
-        py::gil_scoped_release release;
-        active_kernels().norm_forward(q);
-    });
-    m.def("norm_backward",
-          [](int element, Address grad, Address x, Address residual, Address output, int64_t channels, int64_t size,
-             int activation, Address weight, Address bias, Address mean, Address rstd, bool training, Address grad_x,
-             Address grad_residual, Address grad_weight, Address grad_bias, int threads) {
-              Norm q = norm_of(element, x, channels, size, activation, weight, bias, mean, rstd);
-              q.grad = at<const void>(grad);
-              q.residual = at<const void>(residual);
-              q.output = at<const void>(output);
-              q.training = training;
-              q.grad_x = at<void>(grad_x);
-              q.grad_residual = at<void>(grad_residual);
-              q.grad_weight = at<float>(grad_weight);
-              q.grad_bias = at<float>(grad_bias);
-              q.threads = threads;
-              py::gil_scoped_release release;
-              active_kernels().norm_backward(q);
-          });
-    m.def("reciprocal_deviation", [](Address variance, int64_t count, float eps, Address rstd) {
-        for (int64_t c = 0; c < count; ++c)
-            at<float>(rstd)[c] = reciprocal_deviation(at<const float>(variance)[c], eps);
-    });
-    m.def("update_running", [](Address running, Address measured, int64_t count, float momentum, float correction) {
-        for (int64_t c = 0; c < count; ++c) {  // as torch.lerp: exact at both ends
-            float& value = at<float>(running)[c];
-            const float goal = at<const float>(measured)[c] * correction, way = goal - value;
-            value = momentum < 0.5f ? value + momentum * way : goal - way * (1 - momentum);
-        }
-    });
     py::class_<PoolAxis>(m, "PoolAxis")
         .def(py::init([](int64_t size, std::vector<int32_t> first, int32_t taps, int32_t step) {
             return std::make_unique<PoolAxis>(size, std::move(first), taps, step, std::vector<float>());

@@ -9,12 +9,12 @@ namespace {
 constexpr uintptr_t kAlignment = 64;
 
 struct Block {
-    DLManagedTensor managed;
+    DLManagedTensorVersioned managed;
     std::vector<int64_t> shape, strides;
     void* memory;
 };
 
-void free_block(DLManagedTensor* managed) {
+void free_block(DLManagedTensorVersioned* managed) {
     Block* block = static_cast<Block*>(managed->context);
     std::free(block->memory);
     delete block;
@@ -22,7 +22,8 @@ void free_block(DLManagedTensor* managed) {
 
 }  // namespace
 
-DLManagedTensor* make_block(Element element, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+DLManagedTensorVersioned* make_block(Element element, const std::vector<int64_t>& shape,
+                                     const std::vector<int64_t>& strides) {
     uint64_t bytes = uint64_t(element_bytes(element));
     for (int64_t size : shape)
         if (size < 0 || __builtin_mul_overflow(bytes, uint64_t(size), &bytes)) return nullptr;
@@ -32,15 +33,17 @@ DLManagedTensor* make_block(Element element, const std::vector<int64_t>& shape, 
     const uintptr_t start = (reinterpret_cast<uintptr_t>(block->memory) + kAlignment - 1) / kAlignment * kAlignment;
     constexpr int32_t kCpu = 1;
     constexpr uint8_t kFloat = 2, kBfloat = 4;
-    block->managed = {{reinterpret_cast<void*>(start),
+    block->managed = {{1, 0},
+                      block.get(),
+                      free_block,
+                      0,
+                      {reinterpret_cast<void*>(start),
                        {kCpu, 0},
                        int32_t(block->shape.size()),
                        {element == Element::kFloat ? kFloat : kBfloat, uint8_t(8 * element_bytes(element)), 1},
                        block->shape.data(),
                        block->strides.data(),
-                       0},
-                      block.get(),
-                      free_block};
+                       0}};
     return &block.release()->managed;
 }
 

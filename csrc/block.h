@@ -11,27 +11,33 @@
 
 namespace sparse_ft {
 
-// What DLPack (https://dmlc.github.io/dlpack/latest/c_api.html), version 0, hands over: a tensor and who frees it.
-struct DLManagedTensor {
+// What DLPack (https://dmlc.github.io/dlpack/latest/c_api.html), version 1, hands over: a tensor, and with who frees it.
+struct DLTensor {
+    void* data;
     struct {
-        void* data;
-        struct {
-            int32_t type, id;
-        } device;
-        int32_t dimensions;
-        struct {
-            uint8_t code, bits;
-            uint16_t lanes;
-        } dtype;
-        int64_t* shape;
-        int64_t* strides;
-        uint64_t byte_offset;
-    } tensor;
+        int32_t type, id;
+    } device;
+    int32_t dimensions;
+    struct {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t* shape;
+    int64_t* strides;
+    uint64_t byte_offset;
+};
+struct DLManagedTensorVersioned {
+    struct {
+        uint32_t major, minor;
+    } version;
     void* context;
-    void (*deleter)(DLManagedTensor*);
+    void (*deleter)(DLManagedTensorVersioned*);
+    uint64_t flags;
+    DLTensor tensor;
 };
 
 // An uninitialised tensor on CPU; sizes and strides in elements must be of a dense one. Null: no memory.
-DLManagedTensor* make_block(Element element, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);
+DLManagedTensorVersioned* make_block(Element element, const std::vector<int64_t>& shape,
+                                     const std::vector<int64_t>& strides);
 
 }  // namespace sparse_ft

@@ -19,6 +19,7 @@ struct Convolution {
     Four weight;                    // (out_channels, in_channels / groups, kernel_h, kernel_w)
     Two stride, padding, dilation;  // padding: rows above, columns left
     int64_t groups;
+    Two end_padding{};  // rows below, columns right: only the output's size depends on them
     int64_t out_per_group() const { return weight[0] / groups; }
 };
 
@@ -37,7 +38,7 @@ inline void check(const Convolution& c) {
     for (int i = 0; i < 2; ++i)
         require(c.stride[i] >= 1 && c.stride[i] <= 64 && c.dilation[i] >= 1 && c.dilation[i] <= (1 << 20) &&
                     c.dilation[i] * c.weight[size_t(2 + i)] <= (1 << 20) && c.padding[i] >= 0 &&
-                    c.padding[i] <= (1 << 20),
+                    c.padding[i] <= (1 << 20) && c.end_padding[i] >= 0 && c.end_padding[i] <= (1 << 20),
                 "stride, padding, dilation or dilation times kernel size is out of range");
     require(c.stride[0] * c.stride[1] * c.weight[1] <= INT32_MAX / c.groups,
             "stride times in_channels is too large for 32-bit indices");
@@ -165,8 +166,9 @@ inline Element element_of(int code) {
     return Element(code);
 }
 
+inline bool is_activation(int code) { return code >= 0 && code <= int(Activation::kGeluTanh); }
 inline Activation activation_of(int code) {
-    require(code >= 0 && code <= int(Activation::kGeluTanh), "no such activation");
+    require(is_activation(code), "no such activation");
     return Activation(code);
 }
 

@@ -19,8 +19,8 @@ from sparse_ft.nn.deferred import Deferred, Operands, pending_of, result_of
 from sparse_ft.ops import BATCH_LAST, Activation, is_batch_last
 from sparse_ft.ops.allocation import ELEMENTS
 from sparse_ft.ops.calls import transformed
-from sparse_ft.ops.evaluation import Weights
 from sparse_ft.ops.gradients import conv2d, conv2d_norm, to_layout
+from sparse_ft.ops.schema import conv2d_output_shape
 
 if TYPE_CHECKING:
     from sparse_ft.nn.conv import SparseConv2d
@@ -37,15 +37,17 @@ class PendingConv(Operands):
         "shape", "weights", "x",
     )  # fmt: skip
 
-    def __init__(self, owner: SparseConv2d, x: Tensor, weights: Weights):
-        self.owner, self.x, self.weights, self.shape = owner, x, weights, weights.output_shape(x)
+    def __init__(self, owner: SparseConv2d, x: Tensor):
+        values, bias = owner._parameters["weight"], owner._parameters["bias"]
+        self.owner, self.x, self.weights = owner, x, (values, bias, owner.pattern.tensors, *owner.geometry)
+        self.shape = torch.Size(conv2d_output_shape(x.shape, *owner.geometry))
         self.dtype, self.device = x.dtype, x.device
         self.grad_enabled, self.inference = False, torch.is_inference_mode_enabled()
         self.norm: tuple = _NO_NORM  # weight, bias, mean, variance, eps
         self.residual: Tensor | None = None
         self.activation = Activation.IDENTITY
         self._versions: tuple = ()
-        self._see(x, weights.values, weights.bias)
+        self._see(x, values, bias)
 
     @property
     def _bare(self) -> bool:
@@ -91,15 +93,9 @@ class PendingConv(Operands):
 
     def compute(self) -> Tensor:
         self.check()
-        weights = self.weights
-        if transformed() or torch.autograd._profiler_enabled():
-            operands = (self.x, weights.values, weights.bias, weights.pattern, *weights.geometry)
-            if self._bare:
-                return conv2d(*operands)
-            return conv2d_norm(*operands, *self.norm, self.residual, self.activation)
-        return weights.compute(
-            self.x, self.shape, None if self._bare else (*self.norm, self.residual, self.activation)
-        )
+        if self._bare:
+            return conv2d(self.x, *self.weights)
+        return conv2d_norm(self.x, *self.weights, *self.norm, self.residual, self.activation)
 
     def defer(self) -> Deferred:
         return Deferred(self)
@@ -129,8 +125,7 @@ def defer_conv(conv: SparseConv2d, x: Tensor) -> Tensor | None:
         x = to_layout(x, BATCH_LAST)
     if x.is_inference():
         return None
-    assert values is not None
-    return PendingConv(conv, x, Weights(values, bias, conv.pattern.tensors, conv.geometry)).defer()
+    return PendingConv(conv, x).defer()
 
 
 def join_norm(norm: nn.BatchNorm2d, x: Deferred, activation: Activation | None) -> Tensor | None:

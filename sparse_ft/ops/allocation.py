@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack
 
 from sparse_ft.ops import _native
 
@@ -33,7 +32,7 @@ def empty_strided(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]
         and math.prod(shape) * like.element_size() >= _LARGE
         and not torch._C._len_torch_dispatch_stack()
     ):
-        return from_dlpack(_native.block(ELEMENTS[like.dtype], shape, strides))
+        return _native.block(ELEMENTS[like.dtype], shape, strides)
     return like.new_empty_strided(shape, strides)
 
 

@@ -1,9 +1,8 @@
 """The native backend: float32 on CPU, its activations also bfloat16. Turns tensors into addresses."""
 
 import functools
-import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch  # before the native core, which then shares torch's OpenMP runtime
@@ -12,6 +11,7 @@ from torch import Tensor
 from sparse_ft.ops import _native, philox
 from sparse_ft.ops.allocation import ELEMENTS
 from sparse_ft.ops.by_tensor import ByTensor
+from sparse_ft.ops.checks import check_geometry
 from sparse_ft.ops.layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, empty, is_batch_last, layout_of
 
 
@@ -73,11 +73,17 @@ def _name(dtype: torch.dtype) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _convolution(weight_shape, stride, padding, dilation, groups) -> _native.Convolution:
+    check_geometry(weight_shape, stride, padding, dilation, groups)
     return _native.Convolution(weight_shape, stride, padding, dilation, groups)
 
 
 def convolution(weight_shape, stride, padding, dilation, groups) -> _native.Convolution:
-    return _convolution(tuple(weight_shape), tuple(stride), tuple(padding[:2]), tuple(dilation), groups)
+    return _convolution(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def of_pattern(weight_shape, stride, padding, dilation, groups) -> _native.Convolution:
+    """As far as a pattern knows it: `padding` is (top, left)."""
+    return convolution(weight_shape, stride, (*padding, 0, 0), dilation, groups)
 
 
 class _Generated(NamedTuple):
@@ -98,8 +104,13 @@ def programs(pattern: list[Tensor]) -> _native.Programs | None:
     if _plain.get(first):
         return None
     known = _generated.get(first)
-    versions = [(t.data_ptr(), None if t.is_inference() else t._version) for t in pattern]
-    if known is None or known.versions != versions or first.is_inference():
+    try:
+        versions = [t._version for t in pattern] + [t.data_ptr() for t in pattern]
+    except RuntimeError:  # an inference tensor counts none
+        versions = []
+    if known is None or known.versions != versions or not versions:
+        if any(t.dtype is not torch.int32 or not t.is_cpu or not t.is_contiguous() for t in pattern):
+            return None  # malformed: whoever computes with it says so
         fingerprint = tuple(_native.fingerprint(t.data_ptr(), t.numel()) for t in pattern)
         # Written, but with the same numbers?
         kept = known.programs if known is not None and known.fingerprint == fingerprint else _native.Programs()
@@ -117,17 +128,9 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-# A parallel region costs some microseconds, more on a busy machine: a thread is worth having for this many operations.
-_OPERATIONS_PER_THREAD = 400_000
-
-
 def _threads(operations: int) -> int:
     """torch's number of threads, or fewer where there is little to do."""
-    return max(1, min(torch.get_num_threads(), operations // _OPERATIONS_PER_THREAD))
-
-
-def _linear_threads(nnz: int, x: Tensor, y: Tensor, features: int) -> int:
-    return _threads(2 * nnz * (x.numel() // max(1, features)) + x.numel() + y.numel())
+    return _native.threads(operations, torch.get_num_threads())
 
 
 def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tensor], Tensor]:
@@ -157,25 +160,10 @@ def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tenso
         weight.data_ptr(), _pointer(mask), rows, cols, row_ptr.data_ptr(), col.data_ptr(), values.data_ptr(), threads
     )
     _native.build_transpose(
-        convolution(*conv), row_ptr.data_ptr(), col.data_ptr(), nnz, t_row_ptr.data_ptr(), t_col.data_ptr(),
+        of_pattern(*conv), row_ptr.data_ptr(), col.data_ptr(), nnz, t_row_ptr.data_ptr(), t_col.data_ptr(),
         perm.data_ptr(),
     )  # fmt: skip
     return [row_ptr, col, t_row_ptr, t_col, perm], values
-
-
-class _Activations:
-    """Sizes and strides of a batch-last convolution input or output; a 1x1 convolution without stride or
-    padding is one position with N*H*W samples."""
-
-    def __init__(self, shape, flat: bool):
-        n, c, h, w = shape
-        self.size = (n * h * w, c, 1, 1) if flat else (n, c, h, w)
-        self.strides = (1, h * w * n, 0, 0) if flat else (1, h * w * n, w * n, n)
-        self.positions = self.size[2:]
-
-
-def _is_flat(weight_shape, stride, padding) -> bool:
-    return weight_shape[2] == weight_shape[3] == 1 and all(s == 1 for s in stride) and not any(padding)
 
 
 def to_layout(x: Tensor, layout: int) -> Tensor:
@@ -211,204 +199,106 @@ def as_batch_last(x: Tensor) -> Tensor:
     return x if is_batch_last(x) else to_layout(x, BATCH_LAST)
 
 
-def _norm_arguments(norm) -> tuple[int, int, int, int, int] | None:
-    """Of (mean, rstd, weight, bias, activation), contiguous tensors."""
-    return None if norm is None else (*map(_pointer, norm[:4]), norm[4])
+# ---- layers: each gives None, and has done nothing, where the core does not take the tensors as they are: another
+# ---- device, type, layout or size
 
 
-def _result_arguments(result) -> tuple[int, int, int, int, float, int, int] | None:
-    if result is None:
-        return None
-    mean, variance, weight, bias, eps, residual, activation = result
-    return (
-        _pointer(mean), _pointer(variance), _pointer(weight), _pointer(bias), eps, _pointer(residual), activation
+def _new(compute: Callable, *args):
+    """What `compute` gives. New tensors count their versions, in inference mode as well: who computes later than asked
+    sees whether one has changed."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return compute(*args)
+    return compute(*args)
+
+
+def conv2d(x, values, bias, pattern, geometry, norm=None, result=None, moments=None, out=None) -> Tensor | None:
+    """`norm`: (mean, rstd, weight, bias, activation) that x goes through on its way in; `result`: (mean, variance,
+    weight, bias, eps, batch-last residual, activation) that the sums go through on their way out; `moments` (see
+    statistics.py) are filled where the kernel takes them on the way; `out`: where to, if not to a new tensor."""
+    y = _new(
+        _native.conv2d, convolution(*geometry), x, values, bias, pattern, programs(pattern), torch.get_num_threads(),
+        norm, result, moments is not None, out,
+    )  # fmt: skip
+    if moments is None or y is None:
+        return y
+    y, moments.mean, moments.variance = y
+    return y
+
+
+def conv2d_input_grad(grad, values, pattern, geometry, input_shape, out=None) -> Tensor | None:
+    return _new(
+        _native.conv2d_input_grad, convolution(*geometry), grad, values, pattern, programs(pattern),
+        torch.get_num_threads(), input_shape, out,
     )  # fmt: skip
 
 
-def conv2d(
-    x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, out: Tensor, norm=None, result=None,
-    moments=None,
-) -> Tensor:  # fmt: skip
-    """`norm`: (mean, rstd, weight, bias, activation) that x goes through on its way in; `result`: (mean, variance,
-    weight, bias, eps, batch-last residual, activation) that the sums go through on their way out; `moments` (see
-    statistics.py) are filled where the kernel takes them on the way."""
-    conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = plan_conv2d(x.shape, out.shape, conv, values.numel(), torch.get_num_threads())
-    run_conv2d(plan, as_batch_last(x), values, bias, pattern, programs(pattern), out, norm, result, moments)
-    return out
+def conv2d_weight_grad(grad, x, pattern, geometry, norm=None, out=None) -> Tensor | None:
+    return _new(
+        _native.conv2d_weight_grad, convolution(*geometry), grad, x, pattern, programs(pattern),
+        torch.get_num_threads(), norm, out,
+    )  # fmt: skip
 
 
-class ConvPlan(NamedTuple):
-    """What the calls of a convolution and of its gradients say beside addresses."""
+def norm_depthwise(x, norm, values, bias, pattern, geometry) -> tuple[Tensor, Tensor, Tensor] | None:
+    """y = conv2d of the norm (weight, bias, mean, rstd, activation), and y's mean and variance."""
+    return _new(
+        _native.norm_depthwise, convolution(*geometry), x, norm, values, bias, pattern, torch.get_num_threads()
+    )  # fmt: skip
 
-    convolution: _native.Convolution
-    size: tuple  # of the input
-    strides: tuple
-    positions: tuple  # of the output
-    out_strides: tuple
-    nnz: int
-    threads: int
+
+def norm_depthwise_backward(grad, y, outer, x, inner, training, values, pattern, geometry) -> tuple | None:
+    """`outer` is y's norm, `inner` x's. Gradients of x, the inner norm's weight and bias, the values, the outer's."""
+    return _new(
+        _native.norm_depthwise_backward, convolution(*geometry), grad, y, outer, x, inner, training, values, pattern,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_UNIT = ((1, 1), (0, 0, 0, 0), (1, 1), 1)  # stride, padding, dilation, groups of a linear layer
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_conv2d(shape, out_shape, conv, nnz: int, most_threads: int) -> ConvPlan:
-    weight_shape, stride, padding = conv[:3]
-    flat = _is_flat(weight_shape, stride, padding)
-    source, dest = _Activations(shape, flat), _Activations(out_shape, flat)
-    # Packing and storing cost about one operation an element, whatever few nonzeros there are.
-    positions, elements = math.prod(out_shape) // max(1, out_shape[1]), math.prod(shape) + math.prod(out_shape)
-    threads = max(1, min(most_threads, (2 * nnz * positions + elements) // _OPERATIONS_PER_THREAD))
-    return ConvPlan(convolution(*conv), source.size, source.strides, dest.positions, dest.strides, nnz, threads)
+def _linear(in_features: int, out_features: int) -> _native.Convolution:
+    return convolution((out_features, in_features, 1, 1), *_UNIT)
 
 
-def run_conv2d(
-    plan: ConvPlan, x, values, bias, pattern, programs, out: Tensor, norm=None, result=None, moments=None
-) -> None:
-    mean = variance = None
-    if moments is not None:
-        mean, variance = (torch.empty(out.shape[1]) for _ in range(2))
-    taken = _native.forward(
-        plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, out.data_ptr(),
-        plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), plan.nnz,
-        programs, plan.threads, _norm_arguments(norm), _result_arguments(result), _pointer(mean), _pointer(variance),
-    )  # fmt: skip
-    if taken:
-        moments.mean, moments.variance = mean, variance
+def linear(x, values, bias, pattern, in_features, out_features) -> Tensor | None:
+    layer = _linear(in_features, out_features)
+    return _new(_native.linear, layer, x, values, bias, pattern, programs(pattern), torch.get_num_threads())
 
 
-def conv2d_input_grad(
-    grad, values, pattern, weight_shape, stride, padding, dilation, groups, grad_x: Tensor
-) -> Tensor:
-    grad, conv = as_batch_last(grad), (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = plan_conv2d(grad_x.shape, grad.shape, conv, values.numel(), torch.get_num_threads())
-    _native.input_grad(
-        plan.convolution, ELEMENTS[grad.dtype], plan.size, grad.data_ptr(), plan.out_strides, plan.positions,
-        grad_x.data_ptr(), plan.strides, pattern[2].data_ptr(), pattern[3].data_ptr(), pattern[4].data_ptr(),
-        values.data_ptr(), plan.nnz, programs(pattern), plan.threads,
-    )  # fmt: skip
-    return grad_x
+def linear_input_grad(grad, values, pattern, in_features, out_features) -> Tensor | None:
+    layer = _linear(in_features, out_features)
+    return _new(_native.linear_input_grad, layer, grad, values, pattern, programs(pattern), torch.get_num_threads())
 
 
-def conv2d_weight_grad(
-    grad, x, pattern, weight_shape, stride, padding, dilation, groups, value_grad: Tensor, norm=None
-) -> Tensor:
-    grad, x = as_batch_last(grad), as_batch_last(x)
-    conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = plan_conv2d(x.shape, grad.shape, conv, value_grad.numel(), torch.get_num_threads())
-    _native.weight_grad(
-        plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, grad.data_ptr(),
-        plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), value_grad.data_ptr(), 0, plan.nnz,
-        programs(pattern), plan.threads, _norm_arguments(norm),
-    )  # fmt: skip
-    return value_grad
-
-
-def norm_depthwise(
-    x, norm, values, bias, pattern, weight_shape, stride, padding, dilation, groups, y: Tensor, mean, variance
-) -> None:
-    """Fills y = conv2d of the norm (weight, bias, mean, rstd, activation), and y's mean and variance."""
-    conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = plan_conv2d(x.shape, y.shape, conv, values.numel(), torch.get_num_threads())
-    _native.norm_depthwise_forward(
-        plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, y.data_ptr(),
-        plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), plan.nnz,
-        plan.threads, _beside(norm, False, None, None), mean.data_ptr(), variance.data_ptr(),
+def linear_weight_grad(grad, x, pattern, in_features, out_features, of_bias=False):
+    """With `of_bias`, (the weight's gradient, the sum of the gradient over the tokens)."""
+    layer = _linear(in_features, out_features)
+    return _new(
+        _native.linear_weight_grad, layer, grad, x, pattern, programs(pattern), torch.get_num_threads(), of_bias
     )  # fmt: skip
 
 
-def norm_depthwise_backward(
-    grad, y, outer, x, inner, training, values, pattern, weight_shape, stride, padding, dilation, groups,
-    grad_x, inner_grads, value_grad, outer_grads,
-) -> None:  # fmt: skip
-    """`outer` is y's norm, `inner` x's; the gradients are of (weight, bias)."""
-    conv = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-    plan = plan_conv2d(x.shape, y.shape, conv, values.numel(), torch.get_num_threads())
-    _native.norm_depthwise_backward(
-        plan.convolution, ELEMENTS[x.dtype], plan.size, x.data_ptr(), plan.strides, plan.positions, grad.data_ptr(),
-        y.data_ptr(), plan.out_strides, pattern[0].data_ptr(), pattern[1].data_ptr(), pattern[2].data_ptr(),
-        pattern[3].data_ptr(), pattern[4].data_ptr(), values.data_ptr(), plan.nnz,
-        plan.threads, _beside(inner, training, *inner_grads), _beside(outer, True, *outer_grads), grad_x.data_ptr(),
-        value_grad.data_ptr(),
+def batch_norm(x, weight, bias, mean, variance, eps: float, residual, activation: int) -> tuple | None:
+    """y, mean, rstd, variance; measures the statistics unless they are given."""
+    return _new(
+        _native.batch_norm, x, weight, bias, mean, variance, eps, residual, activation, torch.get_num_threads()
     )  # fmt: skip
 
 
-def _beside(norm, training: bool, grad_weight: Tensor | None, grad_bias: Tensor | None) -> tuple:
-    weight, bias, mean, rstd, activation = norm
-    return (
-        mean.data_ptr(), rstd.data_ptr(), _pointer(weight), _pointer(bias), activation, training,
-        _pointer(grad_weight), _pointer(grad_bias),
-    )  # fmt: skip
-
-
-_UNIT = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation, groups of a linear layer
-
-
-def _tokens(x: Tensor, features: int) -> tuple[Tensor, tuple, tuple]:
-    """Token-major (T, features) as an activation of T samples and one position."""
-    x = x.reshape(math.prod(x.shape[:-1]), features).contiguous()
-    return x, (x.shape[0], features, 1, 1), (features, 1, 0, 0)
-
-
-def linear(x, values, bias, pattern, in_features, out_features, out: Tensor) -> Tensor:
-    x, size, strides = _tokens(x, in_features)
-    conv = convolution((out_features, in_features, 1, 1), *_UNIT)
-    _native.forward(
-        conv, ELEMENTS[x.dtype], size, x.data_ptr(), strides, (1, 1), out.data_ptr(), (out_features, 1, 0, 0),
-        pattern[0].data_ptr(), pattern[1].data_ptr(), values.data_ptr(), _pointer(bias), values.numel(),
-        programs(pattern), _linear_threads(values.numel(), x, out, in_features), None, None, 0, 0,
-    )  # fmt: skip
-    return out
-
-
-def linear_input_grad(grad, values, pattern, in_features, out_features, grad_x: Tensor) -> Tensor:
-    grad, _, grad_strides = _tokens(grad, out_features)
-    conv = convolution((out_features, in_features, 1, 1), *_UNIT)
-    _native.input_grad(
-        conv, ELEMENTS[grad.dtype], (grad.shape[0], in_features, 1, 1), grad.data_ptr(), grad_strides, (1, 1),
-        grad_x.data_ptr(), (in_features, 1, 0, 0), pattern[2].data_ptr(), pattern[3].data_ptr(), pattern[4].data_ptr(),
-        values.data_ptr(), values.numel(), programs(pattern),
-        _linear_threads(values.numel(), grad, grad_x, out_features),
-    )  # fmt: skip
-    return grad_x
-
-
-def linear_weight_grad(
-    grad, x, pattern, in_features, out_features, value_grad: Tensor, bias_grad: Tensor | None = None
-) -> Tensor:
-    """`bias_grad` gets the sum of the gradient over the tokens."""
-    grad, _, grad_strides = _tokens(grad, out_features)
-    x, size, strides = _tokens(x, in_features)
-    conv = convolution((out_features, in_features, 1, 1), *_UNIT)
-    _native.weight_grad(
-        conv, ELEMENTS[x.dtype], size, x.data_ptr(), strides, (1, 1), grad.data_ptr(), grad_strides,
-        pattern[0].data_ptr(), pattern[1].data_ptr(), value_grad.data_ptr(), _pointer(bias_grad), value_grad.numel(),
-        programs(pattern),
-        _linear_threads(value_grad.numel(), x, grad, in_features), None,
-    )  # fmt: skip
-    return value_grad
-
-
-def batch_norm(
-    x: Tensor, weight, bias, mean, variance, rstd, eps: float, residual, activation: int, measure: bool, y
-) -> None:
-    """Fills rstd, y (unless it is None) and, to `measure`, mean and variance."""
-    n, c, h, w = x.shape
-    _native.norm_forward(
-        ELEMENTS[x.dtype], x.data_ptr(), _pointer(residual), c, n * h * w, activation, _pointer(weight),
-        _pointer(bias), eps, measure, mean.data_ptr(), variance.data_ptr(), rstd.data_ptr(), _pointer(y),
-        _threads(4 * x.numel()),
-    )  # fmt: skip
+def batch_norm_statistics(x) -> tuple[Tensor, Tensor] | None:
+    return _new(_native.batch_norm_statistics, x, torch.get_num_threads())
 
 
 def batch_norm_backward(
-    grad, x, weight, bias, mean, rstd, residual, output, activation: int, training: bool,
-    grad_x, grad_weight, grad_bias, grad_residual,
-) -> None:  # fmt: skip
-    n, c, h, w = x.shape
-    _native.norm_backward(
-        ELEMENTS[x.dtype], grad.data_ptr(), x.data_ptr(), _pointer(residual), _pointer(output), c, n * h * w,
-        activation, _pointer(weight), _pointer(bias), mean.data_ptr(), rstd.data_ptr(), training, grad_x.data_ptr(),
-        grad_residual.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr(), _threads(4 * x.numel()),
+    grad, x, weight, bias, mean, rstd, residual, output, activation: int, training: bool
+) -> tuple | None:
+    """Gradients of x, weight and bias, and what comes in before the activation: an empty one where nothing was added."""
+    return _new(
+        _native.batch_norm_backward, grad, x, weight, bias, mean, rstd, residual, output, activation, training,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

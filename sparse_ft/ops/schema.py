@@ -29,6 +29,7 @@ Source of the three products: SparseProp (Nikdan et al., ICML 2023, arXiv 2302.0
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -132,10 +133,8 @@ def _check_conv2d(pattern, values, bias, weight_shape, stride, groups) -> None:
     check_weight(pattern, values, bias, weight_shape[0], t_rows)
 
 
-def _value_grad(pattern: list[Tensor], grad: Tensor, x: Tensor) -> Tensor:
-    """Memory for the weight gradient, which the kernels write whole; zeros where there is nothing to compute."""
-    make = grad.new_empty if grad.numel() and x.numel() else grad.new_zeros
-    return make(_nnz(pattern), dtype=torch.float32)
+def _no_value_grad(grad: Tensor, pattern: list[Tensor]) -> Tensor:
+    return grad.new_zeros(_nnz(pattern), dtype=torch.float32)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -149,89 +148,112 @@ def _batch_last(x: Tensor) -> Tensor:
 # ---- what each operator computes -------------------------------------------------------------------
 
 
+# What the core takes as it is, it checks itself, and is done. What it does not is checked here: it is wrong, or for
+# the reference backend, or becomes a contiguous or batch-last copy, or has no elements.
+
+
 def _linear(x, values, bias, pattern, in_features, out_features):
+    y = native.linear(x, values, bias, pattern, in_features, out_features)
+    if y is not None:
+        return y
     check_features("the input", x, in_features)
     _check_linear(pattern, values, bias, in_features, out_features)
     if native_reason(x, weights=(values, bias)):
         return reference.linear(x, values, bias, pattern, in_features, out_features)
-    out = allocation.empty(x, *x.shape[:-1], out_features)
-    if out.numel():
-        native.linear(x, values.contiguous(), _contiguous(bias), pattern, in_features, out_features, out)
-    return out
+    if 0 in (*x.shape[:-1], out_features):
+        return x.new_empty(*x.shape[:-1], out_features)
+    return native.linear(
+        x.contiguous(), values.contiguous(), _contiguous(bias), pattern, in_features, out_features
+    )  # fmt: skip
 
 
 def _linear_input_grad(grad, values, pattern, in_features, out_features):
+    grad_x = native.linear_input_grad(grad, values, pattern, in_features, out_features)
+    if grad_x is not None:
+        return grad_x
     check_features("the gradient", grad, out_features)
     _check_linear(pattern, values, None, in_features, out_features)
     if native_reason(grad, weights=(values,)):
         return reference.linear_input_grad(grad, values, pattern, in_features, out_features)
-    grad_x = allocation.empty(grad, *grad.shape[:-1], in_features)
-    if grad_x.numel():
-        native.linear_input_grad(grad, values.contiguous(), pattern, in_features, out_features, grad_x)
-    return grad_x
+    if 0 in (*grad.shape[:-1], in_features):
+        return grad.new_empty(*grad.shape[:-1], in_features)
+    return native.linear_input_grad(grad.contiguous(), values.contiguous(), pattern, in_features, out_features)
 
 
 def _linear_weight_grad(grad, x, pattern, in_features, out_features):
-    check_features("the input", x, in_features)
-    check_same_shape("the gradient", grad, (*x.shape[:-1], out_features))
-    _check_linear(pattern, None, None, in_features, out_features)
+    value_grad = native.linear_weight_grad(grad, x, pattern, in_features, out_features)
+    if value_grad is not None:
+        return value_grad
+    _check_linear_weight_grad(grad, x, pattern, in_features, out_features)
     if native_reason(grad, x):
         return reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
-    value_grad = _value_grad(pattern, grad, x)
-    if grad.numel() and x.numel():
-        native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad)
-    return value_grad
+    if grad.numel() == 0 or x.numel() == 0:
+        return _no_value_grad(grad, pattern)
+    return native.linear_weight_grad(grad.contiguous(), x.contiguous(), pattern, in_features, out_features)
 
 
 def _linear_weight_bias_grad(grad, x, pattern, in_features, out_features):
+    grads = native.linear_weight_grad(grad, x, pattern, in_features, out_features, of_bias=True)
+    if grads is not None:
+        return grads
+    _check_linear_weight_grad(grad, x, pattern, in_features, out_features)
+    if native_reason(grad, x) or grad.numel() == 0 or x.numel() == 0:
+        tokens = grad.reshape(math.prod(grad.shape[:-1]), out_features)
+        value_grad = _linear_weight_grad(grad, x, pattern, in_features, out_features)
+        return value_grad, tokens.sum(0, dtype=wide_dtype(grad))
+    return native.linear_weight_grad(
+        grad.contiguous(), x.contiguous(), pattern, in_features, out_features, of_bias=True
+    )  # fmt: skip
+
+
+def _check_linear_weight_grad(grad, x, pattern, in_features, out_features) -> None:
     check_features("the input", x, in_features)
     check_same_shape("the gradient", grad, (*x.shape[:-1], out_features))
     _check_linear(pattern, None, None, in_features, out_features)
-    if native_reason(grad, x):
-        value_grad = reference.linear_weight_grad(grad, x, pattern, in_features, out_features)
-        return value_grad, grad.reshape(-1, out_features).sum(0, dtype=wide_dtype(grad))
-    value_grad, bias_grad = _value_grad(pattern, grad, x), grad.new_zeros(out_features, dtype=torch.float32)
-    if grad.numel() and x.numel():
-        native.linear_weight_grad(grad, x, pattern, in_features, out_features, value_grad, bias_grad)
-    elif grad.numel():
-        torch.sum(grad.reshape(-1, out_features), 0, dtype=torch.float32, out=bias_grad)
-    return value_grad, bias_grad
 
 
 def _conv2d(x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, moments=None):
     conv = (weight_shape, stride, padding, dilation, groups)
+    y = native.conv2d(x, values, bias, pattern, conv, moments=moments)
+    if y is not None:
+        return y
     shape = conv2d_output_shape(x.shape, *conv)
     _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
     if native_reason(x, weights=(values, bias)):
         return _batch_last(reference.conv2d(x, values, bias, pattern, *conv))
-    out = empty(shape, BATCH_LAST, x)
-    if out.numel():
-        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out, moments=moments)
-    return out
+    if 0 in shape:
+        return empty(shape, BATCH_LAST, x)
+    return native.conv2d(
+        native.as_batch_last(x), values.contiguous(), _contiguous(bias), pattern, conv, moments=moments
+    )  # fmt: skip
 
 
 def _conv2d_input_grad(grad, values, pattern, weight_shape, stride, padding, dilation, groups, input_shape):
     conv = (weight_shape, stride, padding, dilation, groups)
+    grad_x = native.conv2d_input_grad(grad, values, pattern, conv, input_shape)
+    if grad_x is not None:
+        return grad_x
     check_same_shape("the gradient", grad, conv2d_output_shape(input_shape, *conv))
     _check_conv2d(pattern, values, None, weight_shape, stride, groups)
     if native_reason(grad, weights=(values,)):
         return _batch_last(reference.conv2d_input_grad(grad, values, pattern, *conv, input_shape))
-    grad_x = empty(input_shape, BATCH_LAST, grad)
-    if grad_x.numel():
-        native.conv2d_input_grad(grad, values.contiguous(), pattern, *conv, grad_x)
-    return grad_x
+    if 0 in input_shape:
+        return empty(input_shape, BATCH_LAST, grad)
+    return native.conv2d_input_grad(native.as_batch_last(grad), values.contiguous(), pattern, conv, input_shape)
 
 
 def _conv2d_weight_grad(grad, x, pattern, weight_shape, stride, padding, dilation, groups):
     conv = (weight_shape, stride, padding, dilation, groups)
+    value_grad = native.conv2d_weight_grad(grad, x, pattern, conv)
+    if value_grad is not None:
+        return value_grad
     check_same_shape("the gradient", grad, conv2d_output_shape(x.shape, *conv))
     _check_conv2d(pattern, None, None, weight_shape, stride, groups)
     if native_reason(grad, x):
         return reference.conv2d_weight_grad(grad, x, pattern, *conv)
-    value_grad = _value_grad(pattern, grad, x)
-    if grad.numel() and x.numel():
-        native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad)
-    return value_grad
+    if grad.numel() == 0 or x.numel() == 0:
+        return _no_value_grad(grad, pattern)
+    return native.conv2d_weight_grad(native.as_batch_last(grad), native.as_batch_last(x), pattern, conv)
 
 
 def _check_norm(x, weight, bias, mean, rstd, activation) -> None:
@@ -244,35 +266,42 @@ def _norm_conv2d(
     x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride, padding,
     dilation, groups, moments=None,
 ):  # fmt: skip
-    conv = (weight_shape, stride, padding, dilation, groups)
+    conv, norm = (weight_shape, stride, padding, dilation, groups), (mean, rstd, norm_weight, norm_bias)
+    y = native.conv2d(x, values, bias, pattern, conv, (*norm, activation), moments=moments)
+    if y is not None:
+        return y
     shape = conv2d_output_shape(x.shape, *conv)
     _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
     _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
-    if native_reason(x, weights=(norm_weight, norm_bias, mean, rstd, values, bias)):
+    if native_reason(x, weights=(*norm, values, bias)):
         normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
         return _batch_last(reference.conv2d(normalised, values, bias, pattern, *conv))
-    out = empty(shape, BATCH_LAST, x)
-    if out.numel():
-        norm = (*map(_contiguous, (mean, rstd, norm_weight, norm_bias)), activation)
-        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out, norm, moments=moments)
-    return out
+    if 0 in shape:
+        return empty(shape, BATCH_LAST, x)
+    return native.conv2d(
+        native.as_batch_last(x), values.contiguous(), _contiguous(bias), pattern, conv,
+        (*map(_contiguous, norm), activation), moments=moments,
+    )  # fmt: skip
 
 
 def _norm_conv2d_weight_grad(
     grad, x, norm_weight, norm_bias, mean, rstd, activation, pattern, weight_shape, stride, padding, dilation, groups
 ):
-    conv = (weight_shape, stride, padding, dilation, groups)
+    conv, norm = (weight_shape, stride, padding, dilation, groups), (mean, rstd, norm_weight, norm_bias)
+    value_grad = native.conv2d_weight_grad(grad, x, pattern, conv, (*norm, activation))
+    if value_grad is not None:
+        return value_grad
     check_same_shape("the gradient", grad, conv2d_output_shape(x.shape, *conv))
     _check_conv2d(pattern, None, None, weight_shape, stride, groups)
     _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
-    if native_reason(grad, x, weights=(norm_weight, norm_bias, mean, rstd)):
+    if native_reason(grad, x, weights=norm):
         normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
         return reference.conv2d_weight_grad(grad, normalised, pattern, *conv)
-    value_grad = _value_grad(pattern, grad, x)
-    if grad.numel() and x.numel():
-        norm = (*map(_contiguous, (mean, rstd, norm_weight, norm_bias)), activation)
-        native.conv2d_weight_grad(grad, x, pattern, *conv, value_grad, norm)
-    return value_grad
+    if grad.numel() == 0 or x.numel() == 0:
+        return _no_value_grad(grad, pattern)
+    return native.conv2d_weight_grad(
+        native.as_batch_last(grad), native.as_batch_last(x), pattern, conv, (*map(_contiguous, norm), activation)
+    )  # fmt: skip
 
 
 def _check_depthwise(weight_shape, groups) -> None:
@@ -287,22 +316,22 @@ def _norm_depthwise(
     x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride, padding,
     dilation, groups,
 ):  # fmt: skip
-    conv = (weight_shape, stride, padding, dilation, groups)
+    conv, norm = (weight_shape, stride, padding, dilation, groups), (norm_weight, norm_bias, mean, rstd)
+    outputs = native.norm_depthwise(x, (*norm, activation), values, bias, pattern, conv)
+    if outputs is not None:
+        return outputs
     _check_depthwise(weight_shape, groups)
-    shape = conv2d_output_shape(x.shape, *conv)
+    conv2d_output_shape(x.shape, *conv)
     _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
     _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
-    if native_reason(x, weights=(norm_weight, norm_bias, mean, rstd, values, bias)) or x.numel() == 0:
+    if native_reason(x, weights=(*norm, values, bias)) or x.numel() == 0:
         normalised = reference.normalise(x, norm_weight, norm_bias, mean, rstd, activation)
         y = _batch_last(reference.conv2d(normalised, values, bias, pattern, *conv))
         return y, *reference.batch_norm_statistics(y)
-    y = empty(shape, BATCH_LAST, x)
-    y_mean, y_variance = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    norm = (*map(_contiguous, (norm_weight, norm_bias, mean, rstd)), activation)
-    native.norm_depthwise(
-        native.as_batch_last(x), norm, values.contiguous(), _contiguous(bias), pattern, *conv, y, y_mean, y_variance
-    )
-    return y, y_mean, y_variance
+    norm = (*map(_contiguous, norm), activation)
+    return native.norm_depthwise(
+        native.as_batch_last(x), norm, values.contiguous(), _contiguous(bias), pattern, conv
+    )  # fmt: skip
 
 
 def _norm_depthwise_backward(
@@ -310,25 +339,24 @@ def _norm_depthwise_backward(
     rstd, activation, training, values, pattern, weight_shape, stride, padding, dilation, groups,
 ):  # fmt: skip
     conv = (weight_shape, stride, padding, dilation, groups)
+    inner = (norm_weight, norm_bias, mean, rstd, activation)
+    outer = (outer_weight, outer_bias, outer_mean, outer_rstd, outer_activation)
+    grads = native.norm_depthwise_backward(grad, y, outer, x, inner, training, values, pattern, conv)
+    if grads is not None:
+        return grads
     _check_depthwise(weight_shape, groups)
     shape = conv2d_output_shape(x.shape, *conv)
     for name, tensor in (("the gradient", grad), ("the output", y)):
         check_same_shape(name, tensor, shape)
     _check_conv2d(pattern, values, None, weight_shape, stride, groups)
-    _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
-    _check_norm(y, outer_weight, outer_bias, outer_mean, outer_rstd, outer_activation)
-    inner = (*map(_contiguous, (norm_weight, norm_bias, mean, rstd)), activation)
-    outer = (*map(_contiguous, (outer_weight, outer_bias, outer_mean, outer_rstd)), outer_activation)
+    _check_norm(x, *inner)
+    _check_norm(y, *outer)
+    inner = (*map(_contiguous, inner[:4]), activation)
+    outer = (*map(_contiguous, outer[:4]), outer_activation)
     if native_reason(grad, y, x, weights=(*inner[:4], *outer[:4], values)) or x.numel() == 0:
         return _one_by_one(grad, y, outer, x, inner, training, values, pattern, *conv)
     grad, y, x = map(native.as_batch_last, (grad, y, x))
-    grad_x, value_grad = empty(x.shape, BATCH_LAST, x), _value_grad(pattern, grad, x)
-    grads = [torch.empty(x.shape[1], dtype=torch.float32) for _ in range(4)]
-    native.norm_depthwise_backward(
-        grad, y, outer, x, inner, training, values.contiguous(), pattern, *conv,
-        grad_x, grads[:2], value_grad, grads[2:],
-    )  # fmt: skip
-    return grad_x, *grads[:2], value_grad, *grads[2:]
+    return native.norm_depthwise_backward(grad, y, outer, x, inner, training, values.contiguous(), pattern, conv)
 
 
 def _one_by_one(grad, y, outer, x, inner, training, values, pattern, weight_shape, stride, padding, dilation, groups):
@@ -350,30 +378,34 @@ def _conv2d_norm(
     x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, norm_weight, norm_bias, mean, variance,
     eps, residual, activation,
 ):  # fmt: skip
-    conv = (weight_shape, stride, padding, dilation, groups)
+    conv, norm = (weight_shape, stride, padding, dilation, groups), (mean, variance, norm_weight, norm_bias)
+    check_whole_norm(norm_weight, norm_bias, mean, variance)
+    y = native.conv2d(x, values, bias, pattern, conv, result=(*norm, eps, residual, activation))
+    if y is not None:
+        return y
     shape = conv2d_output_shape(x.shape, *conv)
     _check_conv2d(pattern, values, bias, weight_shape, stride, groups)
     check_activation(activation)
-    for name, tensor in (
-        ("the norm's weight", norm_weight), ("its bias", norm_bias), ("mean", mean), ("variance", variance)
-    ):  # fmt: skip
+    for name, tensor in zip(("mean", "variance", "the norm's weight", "its bias"), norm, strict=True):
         check_channels(name, tensor, shape[1])
-    check_whole_norm(norm_weight, norm_bias, mean, variance)
     if residual is not None:
         check_same_shape("the residual", residual, shape)
-    norm = (norm_weight, norm_bias, mean, variance)
     if native_reason(x, residual, weights=(values, bias, *norm)):
         y = reference.conv2d(x, values, bias, pattern, *conv)
-        return _batch_last(reference.finish(y, *norm, eps, residual, activation))
-    out = empty(shape, BATCH_LAST, x)
-    if out.numel():
-        residual = None if residual is None else native.as_batch_last(residual)
-        result = (*map(_contiguous, (mean, variance, norm_weight, norm_bias)), eps, residual, activation)
-        native.conv2d(x, values.contiguous(), _contiguous(bias), pattern, *conv, out, result=result)
-    return out
+        return _batch_last(reference.finish(y, norm_weight, norm_bias, mean, variance, eps, residual, activation))
+    if 0 in shape:
+        return empty(shape, BATCH_LAST, x)
+    residual = None if residual is None else native.as_batch_last(residual)
+    return native.conv2d(
+        native.as_batch_last(x), values.contiguous(), _contiguous(bias), pattern, conv,
+        result=(*map(_contiguous, norm), eps, residual, activation),
+    )  # fmt: skip
 
 
 def _batch_norm(x, weight, bias, mean, variance, eps, residual=None, activation=0, training=False):
+    outputs = native.batch_norm(x, weight, bias, mean, variance, eps, residual, activation)
+    if outputs is not None:
+        return outputs
     check_image("the input", x.shape)
     check_activation(activation)
     for name, tensor in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", variance)):
@@ -385,53 +417,40 @@ def _batch_norm(x, weight, bias, mean, variance, eps, residual=None, activation=
     if native_reason(x, residual, weights=(weight, bias, mean, variance)) or x.numel() == 0:
         y, mean, rstd, variance = reference.batch_norm(x, weight, bias, mean, variance, eps, residual, activation)
         return _batch_last(y), mean, rstd, variance
-    x, measure = native.as_batch_last(x), mean is None
-    residual = None if residual is None else native.as_batch_last(residual)
-    y, rstd = empty(x.shape, BATCH_LAST, x), x.new_empty(x.shape[1], dtype=torch.float32)
-    if measure:
-        mean, variance = torch.empty_like(rstd), torch.empty_like(rstd)
-    else:  # outputs of their own, and contiguous ones
-        mean, variance = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (mean, variance))
-    native.batch_norm(
-        x, _contiguous(weight), _contiguous(bias), mean, variance, rstd, eps, residual, activation, measure, y
-    )
-    return y, mean, rstd, variance
+    x, residual = native.as_batch_last(x), None if residual is None else native.as_batch_last(residual)
+    return native.batch_norm(x, *map(_contiguous, (weight, bias, mean, variance)), eps, residual, activation)
 
 
 def _batch_norm_statistics(x):
+    statistics = native.batch_norm_statistics(x)
+    if statistics is not None:
+        return statistics
     check_image("the input", x.shape)
     if native_reason(x) or x.numel() == 0:
         return reference.batch_norm_statistics(x)
-    mean, variance, rstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(3))
-    x = native.as_batch_last(x)
-    native.batch_norm(x, None, None, mean, variance, rstd, 0.0, None, 0, True, None)
-    return mean, variance
+    return native.batch_norm_statistics(native.as_batch_last(x))
 
 
 def _batch_norm_backward(grad, x, weight, bias, mean, rstd, residual, output, activation, training):
+    norm = (weight, bias, mean, rstd)
+    grads = native.batch_norm_backward(grad, x, *norm, residual, output, activation, training)
+    if grads is not None:
+        return grads
     check_image("the input", x.shape)
     check_activation(activation)
     check_same_shape("the gradient", grad, x.shape)
-    for name, tensor in (("weight", weight), ("bias", bias), ("mean", mean), ("rstd", rstd)):
+    for name, tensor in zip(("weight", "bias", "mean", "rstd"), norm, strict=True):
         check_channels(name, tensor, x.shape[1])
     for name, tensor in (("the residual", residual), ("the output", output)):
         if tensor is not None:
             check_same_shape(name, tensor, x.shape)
-    if native_reason(grad, x, residual, output, weights=(weight, bias, mean, rstd)) or x.numel() == 0:
+    if native_reason(grad, x, residual, output, weights=norm) or x.numel() == 0:
         grad_x, grad_weight, grad_bias, grad_residual = reference.batch_norm_backward(
-            grad, x, weight, bias, mean, rstd, residual, output, activation, training
+            grad, x, *norm, residual, output, activation, training
         )
         return _batch_last(grad_x), grad_weight, grad_bias, _batch_last(grad_residual)
     grad, x, residual, output = (None if t is None else native.as_batch_last(t) for t in (grad, x, residual, output))
-    weight, bias, mean, rstd = _contiguous(weight), _contiguous(bias), mean.contiguous(), rstd.contiguous()
-    grad_x = empty(x.shape, BATCH_LAST, x)
-    grad_residual = empty(_residual_shape(x, residual, output), BATCH_LAST, x)
-    grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
-    native.batch_norm_backward(
-        grad, x, weight, bias, mean, rstd, residual, output, activation, training,
-        grad_x, grad_weight, grad_bias, grad_residual,
-    )  # fmt: skip
-    return grad_x, grad_weight, grad_bias, grad_residual
+    return native.batch_norm_backward(grad, x, *map(_contiguous, norm), residual, output, activation, training)
 
 
 def _residual_shape(x, residual, output):

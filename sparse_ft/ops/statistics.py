@@ -58,16 +58,13 @@ def _plain(*tensors: Tensor) -> bool:
 def reciprocal_deviation(variance: Tensor, eps: float) -> Tensor:
     """1 / sqrt(variance + eps), in the native norm's steps and so to its last bit, whoever computes the norm."""
     if _plain(variance):
-        rstd = torch.empty_like(variance)
-        _native.reciprocal_deviation(variance.data_ptr(), variance.numel(), eps, rstd.data_ptr())
-        return rstd
+        return _native.reciprocal_deviation(variance, eps)
     return (variance.double() + ctypes.c_float(eps).value).sqrt_().reciprocal_().to(variance.dtype)
 
 
 def update_running(running: Tensor, measured: Tensor, momentum: float, correction: float = 1.0) -> None:
     """Moves `running` towards `measured * correction` by the share `momentum`, in place."""
-    if _plain(running, measured) and running.numel() == measured.numel():
-        _native.update_running(running.data_ptr(), measured.data_ptr(), running.numel(), momentum, correction)
+    if _plain(running, measured) and _native.update_running(running, measured, momentum, correction):
         torch.autograd.graph.increment_version(running)
     else:
         running.lerp_(measured if correction == 1.0 else measured * correction, momentum)

@@ -50,7 +50,7 @@ def pattern_at_least(
     t_row_ptr = torch.empty(stride[0] * stride[1] * shape[1] * groups + 1, dtype=torch.int32)
     values = torch.empty(nnz)
     _native.build_rows_above(
-        native.convolution(shape, *geometry), weight.data_ptr(), threshold, native._pointer(taps), row_ptr.data_ptr(),
+        native.of_pattern(shape, *geometry), weight.data_ptr(), threshold, native._pointer(taps), row_ptr.data_ptr(),
         col.data_ptr(), values.data_ptr(), t_row_ptr.data_ptr(), t_col.data_ptr(), perm.data_ptr(), threads,
     )  # fmt: skip
     return [row_ptr, col, t_row_ptr, t_col, perm], values

@@ -40,7 +40,7 @@ def test_against_float64(isa, batch, channels, size, kernel, stride, padding, di
     want = F.conv2d(x, dense, bias.double(), stride, padding, dilation, channels)
     grad = torch.randn(want.shape).to(dtype)
     want.backward(grad.double())
-    geometry = (tuple(weight.shape), stride, padding, dilation, channels)
+    geometry = (tuple(weight.shape), stride, (*padding, *padding), dilation, channels)
     pattern, values = ops.SparsePattern.build(
         weight, stride=stride, padding=padding, dilation=dilation, groups=channels
     )
@@ -51,17 +51,13 @@ def test_against_float64(isa, batch, channels, size, kernel, stride, padding, di
         rtol = 1e-4 + ROUNDING[got.dtype]
         torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-5 * max(1.0, float(want.abs().max())))
 
-    close(
-        native.conv2d(source, values, bias, pattern.tensors, *geometry, torch.empty_like(sink)),
-        want.detach(),
-    )
-    close(
-        native.conv2d_input_grad(sink, values, pattern.tensors, *geometry, torch.full_like(source, torch.nan)), x.grad
-    )
-    close(
-        native.conv2d_weight_grad(sink, source, pattern.tensors, *geometry, torch.full_like(values, torch.nan)),
-        pattern.from_dense(dense.grad),
-    )
+    y, grad_x, value_grad = (torch.full_like(t, torch.nan) for t in (sink, source, values))
+    native.conv2d(source, values, bias, pattern.tensors, geometry, out=y)
+    native.conv2d_input_grad(sink, values, pattern.tensors, geometry, source.shape, out=grad_x)
+    native.conv2d_weight_grad(sink, source, pattern.tensors, geometry, out=value_grad)
+    close(y, want.detach())
+    close(grad_x, x.grad)
+    close(value_grad, pattern.from_dense(dense.grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,9 +67,9 @@ def test_a_missing_tap_reads_nothing(isa, dtype):
     x[:, 1] = 1.0
     weight = torch.ones(3, 1, 3, 3)
     pattern, values = ops.SparsePattern.build(weight, padding=(1, 1), groups=3)
-    geometry = (tuple(weight.shape), (1, 1), (1, 1), (1, 1), 3)
+    geometry = (tuple(weight.shape), (1, 1), (1, 1, 1, 1), (1, 1), 3)
     source = native.to_layout(x, native.BATCH_LAST)
-    y = native.conv2d(source, values, None, pattern.tensors, *geometry, torch.empty_like(source))
+    y = native.conv2d(source, values, None, pattern.tensors, geometry)
     assert torch.equal(y[:, 1].float(), F.conv2d(torch.ones(5, 1, 6, 6), weight[:1], padding=1)[:, 0])
-    sums = native.conv2d_weight_grad(source, source, pattern.tensors, *geometry, torch.empty_like(values)).view(3, 9)
+    sums = native.conv2d_weight_grad(source, source, pattern.tensors, geometry).view(3, 9)
     assert sums[1].isfinite().all() and sums[0].isnan().all()

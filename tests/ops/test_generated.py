@@ -54,17 +54,15 @@ def test_linear(tokens, features, outputs, density, threads, dtype):
     x, grad = torch.randn(tokens, features).to(dtype), torch.randn(tokens, outputs).to(dtype)
     pattern, values = ops.SparsePattern.build(weight)
     for use_bias in (bias, None):
-        got = native.linear(x, values, use_bias, pattern.tensors, features, outputs, torch.empty_like(grad))
+        got = native.linear(x, values, use_bias, pattern.tensors, features, outputs)
         _close(got, F.linear(x.double(), weight.double(), None if use_bias is None else bias.double()))
-    got = native.linear_input_grad(grad, values, pattern.tensors, features, outputs, torch.empty_like(x))
+    got = native.linear_input_grad(grad, values, pattern.tensors, features, outputs)
     _close(got, grad.double() @ weight.double())
-    for bias_grad in (None, torch.full_like(bias, torch.nan)):
-        got = native.linear_weight_grad(
-            grad, x, pattern.tensors, features, outputs, torch.empty_like(values), bias_grad
-        )
+    alone = native.linear_weight_grad(grad, x, pattern.tensors, features, outputs)
+    beside, bias_grad = native.linear_weight_grad(grad, x, pattern.tensors, features, outputs, of_bias=True)
+    for got in (alone, beside):
         _close(got, pattern.from_dense(grad.double().T @ x.double()))
-        if bias_grad is not None:
-            _close(bias_grad, grad.double().sum(0))
+    _close(bias_grad, grad.double().sum(0))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -99,16 +97,16 @@ def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilatio
     want = F.conv2d(x, dense, bias.double(), stride, padding, dilation, groups)
     grad = torch.randn(want.shape).to(dtype)
     want.backward(grad.double())
-    geometry = (tuple(weight.shape), stride, padding, dilation, groups)
+    geometry = (tuple(weight.shape), stride, (*padding, *padding), dilation, groups)
     pattern, values = ops.SparsePattern.build(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
     source = native.to_layout(x.detach().to(dtype), native.BATCH_LAST)
     sink = native.to_layout(grad, native.BATCH_LAST)
     for use_bias in (bias, None):
-        got = native.conv2d(source, values, use_bias, pattern.tensors, *geometry, torch.empty_like(sink))
+        got = native.conv2d(source, values, use_bias, pattern.tensors, geometry)
         _close(got, want.detach() - (0 if use_bias is not None else bias.double().view(-1, 1, 1)))
-    got = native.conv2d_input_grad(sink, values, pattern.tensors, *geometry, torch.empty_like(source))
+    got = native.conv2d_input_grad(sink, values, pattern.tensors, geometry, source.shape)
     _close(got, x.grad)
-    got = native.conv2d_weight_grad(sink, source, pattern.tensors, *geometry, torch.empty_like(values))
+    got = native.conv2d_weight_grad(sink, source, pattern.tensors, geometry)
     _close(got, pattern.from_dense(dense.grad))
 
 
@@ -118,13 +116,13 @@ def test_the_result_depends_on_the_thread_count_alone():
     weight, x, grad = _sparse((200, 300), 0.1), torch.randn(700, 300), torch.randn(700, 200)
     pattern, values = ops.SparsePattern.build(weight)
     first, again = (
-        native.linear_weight_grad(grad, x, pattern.tensors, 300, 200, torch.empty_like(values)) for _ in range(2)
+        native.linear_weight_grad(grad, x, pattern.tensors, 300, 200) for _ in range(2)
     )
     assert torch.equal(first, again)
 
 
 def _product(pattern, values, x):
-    return native.linear(x, values, None, pattern.tensors, 64, 32, torch.empty(len(x), 32))
+    return native.linear(x, values, None, pattern.tensors, 64, 32)
 
 
 def test_code_is_kept_where_the_same_numbers_are_written():

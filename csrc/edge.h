@@ -1,0 +1,37 @@
+// What the files of the Python edge share.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace sparse_ft {
+
+inline void raise(const char* problem) {
+    if (problem != nullptr) throw std::invalid_argument(std::string("malformed sparse pattern: ") + problem);
+}
+
+// Runs one kernel without the interpreter's lock; a malformed pattern becomes a ValueError.
+template <class Task>
+void run(const char* (*kernel)(const Task&), const Task& task) {
+    const char* problem;
+    {
+        pybind11::gil_scoped_release release;
+        problem = kernel(task);
+    }
+    raise(problem);
+}
+
+// `most`, or fewer where there is little to do: a parallel region costs some microseconds, more on a busy machine, so
+// that a thread is worth having for this many operations.
+inline int threads_for(int64_t operations, int most) {
+    constexpr int64_t kOperationsPerThread = 400'000;
+    return int(std::max<int64_t>(1, std::min<int64_t>(most, operations / kOperationsPerThread)));
+}
+
+void bind_products(pybind11::module_& m);  // products.cpp
+void bind_norms(pybind11::module_& m);     // norms.cpp
+
+}  // namespace sparse_ft

@@ -1,0 +1,98 @@
+#include "tensor.h"
+
+#include <new>
+#include <stdexcept>
+
+#include "block.h"
+
+namespace py = pybind11;
+
+namespace sparse_ft {
+namespace {
+
+// What torch offers, as DLPack 1.3 lays it out. Functions give 0, or set a Python error.
+struct Exchange {
+    struct {
+        uint32_t major, minor;
+    } version;
+    void* previous;
+    void* allocate;
+    void* export_tensor;
+    int (*import_tensor)(DLManagedTensorVersioned*, void** object);
+    int (*view)(void* object, DLTensor*);
+    void* current_stream;
+};
+
+const Exchange& exchange() {
+    static const Exchange* const known = [] {
+        const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+        const auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        if (found == nullptr) throw py::error_already_set();
+        if (found->version.major != 1 || found->view == nullptr)
+            throw std::runtime_error("this torch exchanges tensors in a way that sparse_ft does not know");
+        return found;  // as long as the process lives
+    }();
+    return *known;
+}
+
+constexpr int32_t kCpu = 1;
+
+}  // namespace
+
+Tensor::Tensor(py::handle object) {
+    if (object.is_none()) return;
+    given_ = true;
+    count_ = -1;
+    DLTensor tensor;
+    if (exchange().view(object.ptr(), &tensor) != 0) {
+        PyErr_Clear();
+        return;
+    }
+    if (tensor.device.type != kCpu || tensor.dtype.lanes != 1) return;
+    code_ = tensor.dtype.code;
+    bits_ = tensor.dtype.bits;
+    dimensions_ = tensor.dimensions;
+    sizes_ = tensor.shape;
+    strides_ = tensor.strides;
+    data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    count_ = 1;
+    for (int i = 0; i < dimensions_; ++i) count_ *= sizes_[i];
+}
+
+bool Tensor::is_contiguous() const {
+    int64_t stride = 1;
+    for (int i = dimensions_ - 1; i >= 0; --i) {
+        if (sizes_[i] != 1 && strides_[i] != stride) return count_ == 0;
+        stride *= sizes_[i];
+    }
+    return true;
+}
+
+bool Tensor::is_batch_last() const {
+    if (dimensions_ != 4) return false;
+    const int64_t n = sizes_[0], h = sizes_[2], w = sizes_[3];
+    const int64_t want[] = {1, h * w * n, w * n, n};
+    for (int i = 0; i < 4; ++i)
+        if (sizes_[i] != 1 && strides_[i] != want[i]) return false;
+    return true;
+}
+
+NewTensor new_tensor(Element element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+    DLManagedTensorVersioned* block = make_block(element, sizes, strides);
+    if (block == nullptr) throw std::bad_alloc();
+    void *const data = block->tensor.data, *object = nullptr;
+    if (exchange().import_tensor(block, &object) != 0) {
+        block->deleter(block);
+        throw py::error_already_set();
+    }
+    return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)), data};
+}
+
+NewTensor new_batch_last(Element element, const int64_t* sizes) {
+    const int64_t n = sizes[0], h = sizes[2], w = sizes[3];
+    return new_tensor(element, {n, sizes[1], h, w}, {1, h * w * n, w * n, n});
+}
+
+NewTensor new_floats(int64_t count) { return new_tensor(Element::kFloat, {count}, {1}); }
+
+}  // namespace sparse_ft

@@ -1,0 +1,63 @@
+// torch's tensors at the Python edge, without torch's headers: read and made by DLPack's C exchange interface
+// (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.3; torch 2.10 and later), which takes some 50 ns a tensor.
+// Asking Python for address, sizes and strides took longer than a small layer's arithmetic.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "api.h"
+
+namespace sparse_ft {
+
+// A tensor's memory as its owner describes it. It is not kept alive by this: for the length of a call.
+class Tensor {
+  public:
+    Tensor() = default;  // none given
+    // Python's None is none given. What has no memory on the CPU (another device, a wrapper) is unreadable.
+    explicit Tensor(pybind11::handle object);
+
+    bool given() const { return given_; }
+    bool readable() const { return data_ != nullptr || (given_ && count_ == 0); }
+    int dimensions() const { return dimensions_; }
+    int64_t size(int dimension) const { return sizes_[dimension]; }
+    const int64_t* sizes() const { return sizes_; }
+    int64_t count() const { return count_; }
+    template <class T>
+    T* data() const {
+        return static_cast<T*>(data_);
+    }
+
+    bool is_activation() const { return readable() && (code_ == kFloat ? bits_ == 32 : code_ == kBfloat && bits_ == 16); }
+    Element element() const { return code_ == kFloat ? Element::kFloat : Element::kBfloat16; }  // of an activation
+    bool is_contiguous() const;
+    bool is_batch_last() const;  // (N, C, H, W) with strides (1, H*W*N, W*N, N); of sizes of one any
+    // A contiguous one of `count` float32 or int32.
+    bool is_floats(int64_t count) const { return is_row(kFloat, count); }
+    bool is_indices(int64_t count) const { return is_row(kInt, count); }
+
+  private:
+    enum : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };  // as DLPack numbers them
+    bool is_row(uint8_t code, int64_t count) const {
+        return readable() && code_ == code && bits_ == 32 && count_ == count && is_contiguous();
+    }
+    void* data_ = nullptr;
+    bool given_ = false;
+    uint8_t code_ = 0, bits_ = 0;
+    int dimensions_ = 0;
+    int64_t count_ = 0;
+    const int64_t *sizes_ = nullptr, *strides_ = nullptr;
+};
+
+// A new torch tensor of uninitialised memory (see block.h), and the address of that.
+struct NewTensor {
+    pybind11::object object;
+    void* data;
+};
+NewTensor new_tensor(Element element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
+NewTensor new_batch_last(Element element, const int64_t* sizes);
+NewTensor new_floats(int64_t count);
+
+}  // namespace sparse_ft
