@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.nn.deferred import Patience, take_unfinished
-from sparse_ft.nn.module import SparseModule, in_autocast_dtype
+from sparse_ft.nn.module import SparseModule, in_autocast_dtype, parameter_of
 from sparse_ft.nn.pending_conv import defer_conv
 from sparse_ft.nn.pending_depthwise import defer_depthwise
 from sparse_ft.ops import BATCH_LAST, SparsePattern, is_batch_last
@@ -42,6 +42,8 @@ class SparseConv2d(SparseModule):
     dilation: tuple[int, int]
     groups: int
     padding_mode = "zeros"
+    geometry: tuple[tuple[int, ...], tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]
+    """Weight shape, stride, padding, dilation and groups, as the operators take them."""
 
     def __init__(self, conv: nn.Conv2d, pattern: SparsePattern, values: Tensor):
         super().__init__()
@@ -50,6 +52,7 @@ class SparseConv2d(SparseModule):
         self._padding = padding_of(conv)
         self._patience, self._norm_follows = Patience(), Patience()  # without gradients, and with them
         self._set_weight(pattern, values, conv.bias, conv.weight)
+        self.geometry = pattern.weight_shape, self.stride, self._padding, self.dilation, self.groups
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, mask: Tensor | None = None) -> "SparseConv2d":
@@ -76,11 +79,6 @@ class SparseConv2d(SparseModule):
         dense.bias = self.bias
         return dense.train(self.training)
 
-    @property
-    def geometry(self) -> tuple[tuple[int, ...], tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
-        """Weight shape, stride, padding, dilation and groups, as the operators take them."""
-        return self.pattern.weight_shape, self.stride, self._padding, self.dilation, self.groups
-
     def forward(self, x: Tensor) -> Tensor:
         x = in_autocast_dtype(x)
         if not (self.training or torch.is_grad_enabled()):
@@ -93,10 +91,13 @@ class SparseConv2d(SparseModule):
             return deferred
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        weights = (self.weight, self.bias, self.pattern.tensors, *self.geometry)
+        values, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
+        weights = (values, bias, self.pattern.tensors, *self.geometry)
         # By itself a depthwise convolution reads a value for little more than memory's time: it has none for a norm.
-        norm = take_unfinished(x) if self.pattern.weight_shape[1] > 1 else None
-        moments = self._moments_for_a_norm()
+        depthwise = self.geometry[0][1] == 1
+        norm = None if depthwise else take_unfinished(x)
+        # Not learned from what follows: a norm's statistics so are the same to the last bit whatever ran before.
+        moments = Moments() if self.training and bias is None and not depthwise else None
         if norm is not None:
             y = conv2d_of_unfinished(x, norm.operands(), *weights, moments)
         else:
@@ -106,10 +107,6 @@ class SparseConv2d(SparseModule):
         if moments is not None:
             keep_moments(y, moments)
         return y
-
-    def _moments_for_a_norm(self) -> Moments | None:
-        # Not learned from what follows: a norm's statistics so are the same to the last bit whatever ran before.
-        return Moments() if self.training and self.bias is None and self.pattern.weight_shape[1] > 1 else None
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

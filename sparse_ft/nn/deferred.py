@@ -29,7 +29,10 @@ _SET_HOOKS = Tensor._backward_hooks.__set__  # type: ignore[union-attr]  # done 
 
 
 def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version  # a parameter may have been made in inference mode
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode, as a parameter may have been
+        return None
 
 
 _FEWEST_SAMPLES = 16  # a convolution that reads fewer at a time computes value by value what a norm does by vectors

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.nn.module import SparseModule, in_autocast_dtype
+from sparse_ft.nn.module import SparseModule, in_autocast_dtype, parameter_of
 from sparse_ft.ops import SparsePattern
 from sparse_ft.ops.gradients import linear
 
@@ -66,7 +66,8 @@ class SparseLinear(SparseModule):
     def forward(self, x: Tensor) -> Tensor:
         x = in_autocast_dtype(x)
         self._before_forward(x)
-        return linear(x, self.weight, self.bias, self.pattern.tensors, self.in_features, self.out_features)
+        values, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
+        return linear(x, values, bias, self.pattern.tensors, self.in_features, self.out_features)
 
     def extra_repr(self) -> str:
         return (

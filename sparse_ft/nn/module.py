@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,12 @@ from sparse_ft.ops import SparsePattern, native_reason
 logger = logging.getLogger(__name__)
 
 _values_alone: ContextVar[bool] = ContextVar("values_alone", default=False)
+
+
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """`module.name` without the module's own, slow `__getattr__`, where it is what it was registered as."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:

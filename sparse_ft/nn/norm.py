@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.nn.deferred import Deferred, Patience, PendingNorm
+from sparse_ft.nn.module import parameter_of
 from sparse_ft.nn.pending_conv import join_norm
 from sparse_ft.nn.pending_depthwise import join_depthwise
 from sparse_ft.nn.stock import adapts
@@ -23,13 +24,18 @@ from sparse_ft.ops.statistics import moments_of, update_running
 
 
 def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    if x.dim() != 4 or not is_batch_last(x):
+        return False
+    n, c, h, w = x.shape
     return (
-        x.dim() == 4
-        and x.shape[1] == norm.num_features
-        and x.shape[0] * x.shape[2] * x.shape[3] > 1  # torch's own error for a single value a channel
-        and is_batch_last(x)
-        and native_reason(x, weights=(norm.weight, norm.bias, norm.running_mean)) is None
+        c == norm.num_features
+        and n * h * w > 1  # torch's own error for a single value a channel
+        and native_reason(x, weights=(*_parameters(norm), norm._buffers["running_mean"])) is None
     )
+
+
+def _parameters(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    return parameter_of(norm, "weight"), parameter_of(norm, "bias")
 
 
 def _can_wait(x: Tensor) -> bool:
@@ -44,8 +50,10 @@ _patience: WeakKeyDictionary[nn.Module, Patience] = WeakKeyDictionary()  # of ev
 
 def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -> Tensor:
     """The norm's output, activated; `None` for an activation that may follow."""
-    training = norm.training or norm.running_mean is None
-    mean, variance = (moments_of(x) or (None, None)) if training else (norm.running_mean, norm.running_var)
+    weight, bias = _parameters(norm)
+    running = norm._buffers["running_mean"], norm._buffers["running_var"]
+    training = norm.training or running[0] is None
+    mean, variance = (moments_of(x) or (None, None)) if training else running
     patience = _patience.setdefault(norm, Patience()) if _can_wait(x) else None
     if patience is not None and (activation is None or (activation.cheap and patience.lasts(x))):
         if training:
@@ -56,10 +64,10 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -
             _update_statistics(norm, x, mean, variance)
         assert mean is not None and variance is not None
         return PendingNorm(
-            x, norm.weight, norm.bias, mean, variance, norm.eps, training, patience, activation or Activation.IDENTITY
+            x, weight, bias, mean, variance, norm.eps, training, patience, activation or Activation.IDENTITY
         ).defer()  # fmt: skip
     y, mean, _, variance = batch_norm(
-        x, norm.weight, norm.bias, mean, variance, norm.eps, None, activation or Activation.IDENTITY, training
+        x, weight, bias, mean, variance, norm.eps, None, activation or Activation.IDENTITY, training
     )
     _update_statistics(norm, x, mean, variance)
     return y
@@ -88,14 +96,17 @@ def _join(norm: nn.BatchNorm2d, x: Tensor, activation: Activation | None) -> Ten
 
 
 def _update_statistics(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
+    if not (norm.training and norm.track_running_stats):
         return
-    assert norm.running_var is not None and norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    update_running(norm.running_mean, mean, momentum)
-    update_running(norm.running_var, variance, momentum, count / (count - 1))
+    running_mean, running_var, batches = map(norm._buffers.get, ("running_mean", "running_var", "num_batches_tracked"))
+    if running_mean is None or running_var is None or batches is None:
+        return
+    batches.add_(1)
+    momentum = 1.0 / float(batches) if norm.momentum is None else norm.momentum
+    n, _, h, w = x.shape
+    count = n * h * w
+    update_running(running_mean, mean, momentum)
+    update_running(running_var, variance, momentum, count / (count - 1))
 
 
 @adapts("torch.nn", "BatchNorm2d")

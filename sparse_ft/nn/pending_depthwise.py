@@ -160,7 +160,7 @@ class _DeferBetween(torch.autograd.Function):
 
 def defer_depthwise(conv: SparseConv2d, x: Tensor) -> Tensor | None:
     """The convolution's output for `x`, deferred; None where it is to be computed at once."""
-    shape = conv.pattern.weight_shape
+    shape = conv.geometry[0]
     if type(x) is not Deferred or shape[1] != 1 or shape[0] != conv.groups or conv.groups == 1:
         return None
     if conv._norm_follows.lost or conv.bias is not None or native_reason(weights=(conv.weight,)) is not None:

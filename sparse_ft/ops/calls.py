@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 
 _PLAIN = (Tensor, nn.Parameter)
 _implementations: dict[str, Callable] = {}
@@ -23,15 +26,15 @@ def provide(implementations: dict[str, Callable]) -> None:
 def transformed() -> bool:
     """Whether a mode, a transform or a tracer gives calls another meaning."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
     )
 
 
 def _unwatched(args: tuple) -> bool:
-    if transformed() or torch.autograd._profiler_enabled():
+    if transformed() or _profiler_enabled():
         return False
     for arg in args:  # a loop: generators cost as much as all else here
         if type(arg) not in _PLAIN and isinstance(arg, Tensor):
@@ -56,15 +59,23 @@ def caller(name: str, differentiable: Callable | None = None) -> Callable[..., A
     """A function that computes operator `name`; by way of `differentiable` where a gradient is recorded.
 
     An operator without one is itself a gradient. Recording through it is left to its Autograd kernel.
+
+    Args:
+        differentiable: a `torch.autograd.Function` that computes by its attribute `compute`, or any function.
     """
     operator, count = _operator(name)
+    compute = _implementations[name]
+    if isinstance(differentiable, type):
+        # What was seen to be plain here need not be looked at again.
+        kind = type(differentiable.__name__, (differentiable,), {"compute": staticmethod(compute)})
+        differentiable = kind.apply
 
     def call(*args):
         if torch.compiler.is_compiling() or not _unwatched(args):
             return operator(*args[:count])
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return operator(*args[:count]) if differentiable is None else differentiable(*args)
-        return _implementations[name](*args)
+        return compute(*args)
 
     return call
 

@@ -7,6 +7,7 @@ layer's forward and backward (about 0.1 of 0.3 ms).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,81 +19,86 @@ from sparse_ft.ops.layout import BATCH_LAST, is_batch_last, layout_of
 from sparse_ft.ops.schema import IMPLEMENTATIONS, library
 
 
+def _as(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
+
+
 def _like(gradient: Tensor, values: Tensor) -> Tensor:
-    return gradient.to(values.dtype).view_as(values)
+    return _as(gradient, values.dtype).view(values.shape)
 
 
 class _Weighted(torch.autograd.Function):
     """What the linear layer and the convolution share: x, values, bias, pattern, and their geometry."""
 
     @staticmethod
-    def run(compute, ctx, x, values, bias, pattern, geometry, *more):
-        # The input is needed for the weight gradient only.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *pattern)
-        ctx.geometry, ctx.input_shape, ctx.bias_dtype = geometry, x.shape, None if bias is None else bias.dtype
-        return compute(x, values, bias, pattern, *geometry, *more)
+    def forward(ctx, x, values, bias, pattern, *geometry):
+        # The input is needed for the weight gradient only. A pattern is not differentiated: it need not be watched.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
+        ctx.pattern, ctx.geometry, ctx.input_shape = pattern, geometry[:5], x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return ctx._forward_cls.compute(x, values, bias, pattern, *geometry)
 
 
 class _Linear(_Weighted):
-    @staticmethod
-    def forward(ctx, x, values, bias, pattern, *geometry):
-        return _Weighted.run(_linear, ctx, x, values, bias, pattern, geometry)
+    compute = staticmethod(below_autograd("linear"))
 
     @staticmethod
     def backward(ctx, grad):
-        x, values, *pattern = ctx.saved_tensors
+        x, values = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = linear_input_grad(grad, values, pattern, *ctx.geometry)
-        _, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        if needs_x:
+            grad_x = linear_input_grad(grad, values, ctx.pattern, *ctx.geometry)
         if needs_values and needs_bias:
-            grad_values, grad_bias = linear_weight_bias_grad(grad, x, pattern, *ctx.geometry)
-            grad_values, grad_bias = _like(grad_values, values), grad_bias.to(ctx.bias_dtype)
+            grad_values, grad_bias = linear_weight_bias_grad(grad, x, ctx.pattern, *ctx.geometry)
+            grad_values, grad_bias = _like(grad_values, values), _as(grad_bias, ctx.bias_dtype)
         elif needs_values:
-            grad_values = _like(linear_weight_grad(grad, x, pattern, *ctx.geometry), values)
+            grad_values = _like(linear_weight_grad(grad, x, ctx.pattern, *ctx.geometry), values)
         elif needs_bias:
             grad_bias = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         return grad_x, grad_values, grad_bias, None, None, None
 
 
 class _Conv2d(_Weighted):
-    @staticmethod
-    def forward(ctx, x, values, bias, pattern, weight_shape, stride, padding, dilation, groups, moments=None):
-        geometry = weight_shape, stride, padding, dilation, groups
-        return _Weighted.run(_conv2d, ctx, x, values, bias, pattern, geometry, moments)
+    compute = staticmethod(below_autograd("conv2d"))
 
     @staticmethod
     def backward(ctx, grad):
-        x, values, *pattern = ctx.saved_tensors
+        x, values = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
+        needs_x, needs_values, needs_bias, *others = ctx.needs_input_grad
         if not is_batch_last(grad):
             grad = to_layout(grad, BATCH_LAST)
-        if ctx.needs_input_grad[0]:
-            grad_x = conv2d_input_grad(grad, values, pattern, *ctx.geometry, list(ctx.input_shape))
-        if ctx.needs_input_grad[1]:
-            grad_values = _like(conv2d_weight_grad(grad, x, pattern, *ctx.geometry), values)
-        if ctx.needs_input_grad[2]:
+        if needs_x:
+            grad_x = conv2d_input_grad(grad, values, ctx.pattern, *ctx.geometry, ctx.input_shape)
+        if needs_values:
+            grad_values = _like(conv2d_weight_grad(grad, x, ctx.pattern, *ctx.geometry), values)
+        if needs_bias:
             grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-        return grad_x, grad_values, grad_bias, None, *[None] * len(ctx.geometry), None
+        return grad_x, grad_values, grad_bias, *[None] * len(others)
 
 
 class _NormConv2d(torch.autograd.Function):
-    @staticmethod
-    def save(ctx, x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, *geometry):
-        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, values, *pattern)
-        ctx.activation, ctx.training, ctx.geometry = activation, training, geometry
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    compute = staticmethod(below_autograd("norm_conv2d"))
 
     @staticmethod
-    def forward(ctx, *inputs):
-        _NormConv2d.save(ctx, *inputs)
-        return _norm_conv2d(*inputs)
+    def forward(
+        ctx, x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, weight_shape, stride,
+        padding, dilation, groups,
+    ):  # fmt: skip
+        geometry = weight_shape, stride, padding, dilation, groups
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, values)
+        ctx.activation, ctx.training, ctx.pattern, ctx.geometry = activation, training, pattern, geometry
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return ctx._forward_cls.compute(
+            x, norm_weight, norm_bias, mean, rstd, activation, training, values, bias, pattern, *geometry
+        )
 
     @staticmethod
     def backward(ctx, grad):
-        x, norm_weight, norm_bias, mean, rstd, values, *pattern = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * 9
+        x, norm_weight, norm_bias, mean, rstd, values = ctx.saved_tensors
+        pattern, needs = ctx.pattern, ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * len(needs)
         if not is_batch_last(grad):
             grad = to_layout(grad, BATCH_LAST)
         if needs[7]:
@@ -103,23 +109,24 @@ class _NormConv2d(torch.autograd.Function):
         if needs[8]:
             grads[8] = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
         if any(needs[:3]):
-            grad = conv2d_input_grad(grad, values, pattern, *ctx.geometry, list(x.shape))
+            grad = conv2d_input_grad(grad, values, pattern, *ctx.geometry, x.shape)
             of_norm = batch_norm_backward(
                 grad, x, norm_weight, norm_bias, mean, rstd, None, None, ctx.activation, ctx.training
             )
             for i, tensor in enumerate((x, norm_weight, norm_bias)):
                 if needs[i]:
-                    grads[i] = of_norm[i].to(tensor.dtype)
-        return *grads, None, *[None] * len(ctx.geometry)
+                    grads[i] = _as(of_norm[i], tensor.dtype)
+        return tuple(grads)
 
 
 class _NormDepthwise(_NormConv2d):
     """The gradient of its first output. The statistics are for a norm, whose own gradient goes through them."""
 
+    compute = staticmethod(below_autograd("norm_depthwise"))
+
     @staticmethod
     def forward(ctx, *inputs):
-        _NormConv2d.save(ctx, *inputs)
-        outputs = _norm_depthwise(*inputs)
+        outputs = _NormConv2d.forward(ctx, *inputs)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -136,24 +143,24 @@ class _ConvOfUnfinished(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, activated, values, bias, norm, pattern, moments, *geometry):
-        ctx.save_for_backward(*norm[:5], values, *pattern)
-        ctx.activation, ctx.geometry = norm[5], geometry
+        ctx.save_for_backward(*norm[:5], values)
+        ctx.activation, ctx.pattern, ctx.geometry = norm[5], pattern, geometry
         ctx.bias_dtype = None if bias is None else bias.dtype
         return norm_conv2d(*norm, False, values, bias, pattern, *geometry, moments)
 
     @staticmethod
     def backward(ctx, grad):
-        *norm, values = ctx.saved_tensors[:6]
-        pattern = list(ctx.saved_tensors[6:])
+        *norm, values = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
+        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         if not is_batch_last(grad):
             grad = to_layout(grad, BATCH_LAST)
-        if ctx.needs_input_grad[0]:
-            grad_x = conv2d_input_grad(grad, values, pattern, *ctx.geometry, list(norm[0].shape))
-        if ctx.needs_input_grad[1]:
-            value_grad = norm_conv2d_weight_grad(grad, *norm, ctx.activation, pattern, *ctx.geometry)
+        if needs_x:
+            grad_x = conv2d_input_grad(grad, values, ctx.pattern, *ctx.geometry, norm[0].shape)
+        if needs_values:
+            value_grad = norm_conv2d_weight_grad(grad, *norm, ctx.activation, ctx.pattern, *ctx.geometry)
             grad_values = _like(value_grad, values)
-        if ctx.needs_input_grad[2]:
+        if needs_bias:
             grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
         return grad_x, grad_values, grad_bias, None, None, None, *[None] * len(ctx.geometry)
 
@@ -169,10 +176,12 @@ def conv2d_of_unfinished(
 
 
 class _BatchNorm(torch.autograd.Function):
+    compute = staticmethod(below_autograd("batch_norm"))
+
     @staticmethod
     def forward(ctx, x, weight, bias, mean, variance, eps, residual, activation, training):
         training = training or mean is None
-        y, used_mean, rstd, used_variance = _batch_norm(
+        y, used_mean, rstd, used_variance = ctx._forward_cls.compute(
             x, weight, bias, mean, variance, eps, residual, activation, training
         )
         ctx.mark_non_differentiable(used_mean, rstd, used_variance)
@@ -198,8 +207,8 @@ class _BatchNorm(torch.autograd.Function):
                 grad_residual = before_activation
         return (
             grad_x if needs[0] else None,
-            grad_weight.to(weight.dtype) if needs[1] else None,
-            grad_bias.to(bias.dtype) if needs[2] else None,
+            _as(grad_weight, weight.dtype) if needs[1] else None,
+            _as(grad_bias, bias.dtype) if needs[2] else None,
             None,
             None,
             None,
@@ -209,7 +218,7 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
-def _batch_norm_differentiable(x, weight, bias, mean, variance, eps, residual=None, activation=0, training=False):
+def _batch_norm_with_defaults(x, weight, bias, mean, variance, eps, residual=None, activation=0, training=False):
     # The dispatcher leaves out what has its default; the gradients are counted by what is given here.
     return _BatchNorm.apply(x, weight, bias, mean, variance, eps, residual, activation, training)
 
@@ -223,13 +232,15 @@ def _conv2d_norm_differentiable(x, values, bias, pattern, *rest):
     if mean is None:
         mean, variance, eps = x.new_zeros(geometry[0][0]), x.new_ones(geometry[0][0]), 0.0
     y = conv2d(x, values, bias, pattern, *geometry)
-    return batch_norm(y, norm_weight, norm_bias, mean, variance, eps, residual, activation)[0]
+    return batch_norm(y, norm_weight, norm_bias, mean, variance, eps, residual, activation, False)[0]
 
 
 class _MaxPool2d(torch.autograd.Function):
+    compute = staticmethod(below_autograd("max_pool2d"))
+
     @staticmethod
     def forward(ctx, x, *windows):
-        y, chosen = _max_pool2d(x, *windows)
+        y, chosen = ctx._forward_cls.compute(x, *windows)
         ctx.mark_non_differentiable(chosen)
         ctx.save_for_backward(chosen)
         ctx.windows, ctx.input_shape = windows, x.shape
@@ -243,10 +254,12 @@ class _MaxPool2d(torch.autograd.Function):
 
 
 class _AvgPool2d(torch.autograd.Function):
+    compute = staticmethod(below_autograd("avg_pool2d"))
+
     @staticmethod
     def forward(ctx, x, *windows):
         ctx.windows, ctx.input_shape = windows, x.shape
-        return _avg_pool2d(x, *windows)
+        return ctx._forward_cls.compute(x, *windows)
 
     @staticmethod
     def backward(ctx, grad):
@@ -255,10 +268,12 @@ class _AvgPool2d(torch.autograd.Function):
 
 
 class _ToLayout(torch.autograd.Function):
+    compute = staticmethod(below_autograd("to_layout"))
+
     @staticmethod
     def forward(ctx, x, layout):
         ctx.layout = layout_of(x)
-        return _to_layout(x, layout)
+        return ctx._forward_cls.compute(x, layout)
 
     @staticmethod
     def backward(ctx, grad):
@@ -266,10 +281,12 @@ class _ToLayout(torch.autograd.Function):
 
 
 class _Dropout(torch.autograd.Function):
+    compute = staticmethod(below_autograd("dropout"))
+
     @staticmethod
     def forward(ctx, x, p, seed):
         ctx.p, ctx.seed = p, seed
-        return _dropout(x, p, seed)
+        return ctx._forward_cls.compute(x, p, seed)
 
     @staticmethod
     def backward(ctx, grad):
@@ -299,22 +316,19 @@ def _once(name):
     return kernel
 
 
-_DIFFERENTIABLE = {
-    "linear": _Linear.apply,
-    "conv2d": _Conv2d.apply,
-    "norm_conv2d": _NormConv2d.apply,
-    "norm_depthwise": _NormDepthwise.apply,
-    "batch_norm": _batch_norm_differentiable,
+_conv2d_norm = below_autograd("conv2d_norm")
+_DIFFERENTIABLE: dict[str, Callable] = {
+    "linear": _Linear,
+    "conv2d": _Conv2d,
+    "norm_conv2d": _NormConv2d,
+    "norm_depthwise": _NormDepthwise,
+    "batch_norm": _BatchNorm,
     "conv2d_norm": _conv2d_norm_differentiable,
-    "max_pool2d": _MaxPool2d.apply,
-    "avg_pool2d": _AvgPool2d.apply,
-    "to_layout": _ToLayout.apply,
-    "dropout": _Dropout.apply,
+    "max_pool2d": _MaxPool2d,
+    "avg_pool2d": _AvgPool2d,
+    "to_layout": _ToLayout,
+    "dropout": _Dropout,
 }
-(
-    _linear, _conv2d, _norm_conv2d, _norm_depthwise, _batch_norm, _conv2d_norm, _max_pool2d, _avg_pool2d, _to_layout,
-    _dropout,
-) = map(below_autograd, _DIFFERENTIABLE)  # fmt: skip
 linear, conv2d, norm_conv2d, norm_depthwise, batch_norm, conv2d_norm, max_pool2d, avg_pool2d, to_layout, dropout = (
     caller(name, function) for name, function in _DIFFERENTIABLE.items()
 )
@@ -326,8 +340,8 @@ norm_depthwise_backward = caller("norm_depthwise_backward")
 batch_norm_statistics, batch_norm_backward = caller("batch_norm_statistics"), caller("batch_norm_backward")
 max_pool2d_backward, avg_pool2d_backward = caller("max_pool2d_backward"), caller("avg_pool2d_backward")
 
-for _name, _function in _DIFFERENTIABLE.items():
-    library.impl(_name, _function, "Autograd")
+for _name, _function in {**_DIFFERENTIABLE, "batch_norm": _batch_norm_with_defaults}.items():
+    library.impl(_name, _function.apply if isinstance(_function, type) else _function, "Autograd")
 for _name in IMPLEMENTATIONS:
     if _name.endswith(("_grad", "_backward", "_statistics")):
         library.impl(_name, _once(_name), "Autograd")
