@@ -149,6 +149,13 @@ struct Pool {  // over a batch-last activation; the maximum where `chosen` is gi
     int threads;
 };
 
+// The maximum over windows of a norm's activated result, which is not stored. Of the norm x, its statistics and the
+// activation count; backward, the pool's gradient and choice come in, and the norm's gradients go out.
+struct NormPool {
+    Norm norm;
+    Pool pool;
+};
+
 struct Transpose {  // to[b][j][i] = from[b][i][j], i < rows, j < cols; strides in elements
     Element element;
     const void* from;
@@ -223,6 +230,8 @@ struct Kernels {
     const char* (*norm_depthwise_backward)(const NormDepthwise&);
     void (*pool_forward)(const Pool&);
     void (*pool_backward)(const Pool&);
+    void (*norm_pool_forward)(const NormPool&);
+    void (*norm_pool_backward)(const NormPool&);
     void (*transpose)(const Transpose&);
     void (*dropout)(const Dropout&);
     // Bits of the magnitudes above a threshold and how many each (block, channel) has; then their values; and back.

@@ -23,6 +23,8 @@ const Kernels* SPARSE_FT_JOIN(kernels_, SPARSE_FT_ISA)() {
                                norm_depthwise_backward,
                                pool_forward,
                                pool_backward,
+                               norm_pool_forward,
+                               norm_pool_backward,
                                transpose_batches,
                                dropout,
                                compact_bits,

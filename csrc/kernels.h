@@ -20,6 +20,8 @@ const char* norm_depthwise_forward(const NormDepthwise&);
 const char* norm_depthwise_backward(const NormDepthwise&);
 void pool_forward(const Pool&);
 void pool_backward(const Pool&);
+void norm_pool_forward(const NormPool&);
+void norm_pool_backward(const NormPool&);
 void transpose_batches(const Transpose&);
 void dropout(const Dropout&);
 void compact_bits(const Compact&, const View& x, float threshold, uint8_t* bits, int64_t* counts, int threads);

@@ -20,18 +20,6 @@ bool bypasses(const Norm& q, const T* to) {
     return q.channels * q.size * int64_t(sizeof(T)) > kBypassBytes && aligned_for_vectors(to);
 }
 
-// Calls each(i, count, put) for all of a channel, where put(to, v, count) stores.
-template <class Each>
-void write_channel(int64_t size, bool around, Each each) {
-    if (around)
-        each_vector(size, [&](int64_t i, int count) {
-            each(i, count, [](auto* to, vec v, int n) { n == kLanes ? store_around(to, v) : store(to, v, n); });
-        });
-    else
-        each_vector(size,
-                    [&](int64_t i, int count) { each(i, count, [](auto* to, vec v, int n) { store(to, v, n); }); });
-}
-
 template <class T, class Act, bool kResidual>
 void apply(const Norm& q, int64_t c) {
     const Channel<T> channel(q, c);

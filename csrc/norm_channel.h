@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "activation.h"
+#include "bypass.h"
 #include "each_vector.h"
 #include "element.h"
 
@@ -37,6 +38,18 @@ const T* channel_of(const void* activation, const Norm& q, int64_t c) {
 template <class T>
 T* channel_of(void* activation, const Norm& q, int64_t c) {
     return activation ? static_cast<T*>(activation) + c * q.size : nullptr;
+}
+
+// Calls each(i, count, put) for all of a channel, where put(to, v, count) stores.
+template <class Each>
+void write_channel(int64_t size, bool around, Each each) {
+    if (around)
+        each_vector(size, [&](int64_t i, int count) {
+            each(i, count, [](auto* to, vec v, int n) { n == kLanes ? store_around(to, v) : store(to, v, n); });
+        });
+    else
+        each_vector(size,
+                    [&](int64_t i, int count) { each(i, count, [](auto* to, vec v, int n) { store(to, v, n); }); });
 }
 
 // Writes the mean and the variance of channel c, whose elements are at x.

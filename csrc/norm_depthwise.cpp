@@ -4,99 +4,16 @@
 //     backward:  the outer norm's sums; row by row its gradient, the weight's and the input's; the inner norm's
 // Forward reads x and writes y; backward reads x, y and a gradient and writes one. Every step is that of the pass by
 // itself, and so are the results.
-#include <memory>
 #include <omp.h>
-#include <optional>
 
 #include "depthwise_rows.h"
 #include "kernels.h"
-#include "norm_channel.h"
+#include "norm_steps.h"
+#include "strip.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 namespace {
-
-constexpr int64_t kStripBytes = 128 << 10;  // of the rows that wait for a convolution: two strips fit a small cache
-
-// One norm's steps, whatever its activation. Elements count from the channel's beginning.
-template <class T>
-struct NormSteps {
-    virtual ~NormSteps() = default;
-    virtual void begin(int64_t c, const T* grad) = 0;                    // grad: of the norm's result, of this channel
-    virtual void values(int64_t first, int64_t count, T* to) const = 0;  // activation(norm(x))
-    virtual void add(int64_t first, int64_t end) = 0;                    // the way back: see ChannelGradient
-    virtual void finish() = 0;
-    virtual void slopes(int64_t first, int64_t count, T* to) const = 0;
-};
-
-template <class T, class Act>
-class StepsOf : public NormSteps<T> {
-  public:
-    explicit StepsOf(const Norm& norm) : q(norm) {}
-    void begin(int64_t c, const T* grad) override { number = c, gradient.emplace(q, c, grad); }
-    void values(int64_t first, int64_t count, T* to) const override {
-        const Channel<T> channel(q, number);
-        each_vector(count, [&](int64_t i, int n) {
-            store(to + i, Act::value(channel.template before_activation<false>(first + i, n)), n);
-        });
-    }
-    void add(int64_t first, int64_t end) override { gradient->add(first, end, nullptr); }
-    void finish() override { gradient->finish(); }
-    void slopes(int64_t first, int64_t count, T* to) const override {
-        const auto from = *gradient;  // a copy, whose numbers stay in registers whatever is written
-        // A norm by itself keeps g in between where it is dear to compute twice, as it is stored.
-        const auto before = [&](int64_t i, int n) {
-            return Act::kCostly ? rounded<T>(from.before(i, n)) : from.before(i, n);
-        };
-        const auto write = [&](auto slope) {
-            each_vector(count, [&](int64_t i, int n) { store(to + i, slope(first + i, n, before(first + i, n)), n); });
-        };
-        if (q.training)
-            write([&](int64_t i, int n, vec g) { return from.slope_in_training(i, n, g); });
-        else
-            write([&](int64_t, int, vec g) { return from.slope_as_given(g); });
-    }
-
-  private:
-    const Norm& q;
-    int64_t number = 0;
-    std::optional<ChannelGradient<T, Act, Slope::kFromX>> gradient;
-};
-
-template <class T>
-std::unique_ptr<NormSteps<T>> steps_of(const Norm& q) {
-    std::unique_ptr<NormSteps<T>> steps;
-    with_activation(q.activation, [&](auto act) { steps = std::make_unique<StepsOf<T, decltype(act)>>(q); });
-    return steps;
-}
-
-// The rows of a channel that a convolution reads, made as they are needed.
-template <class T>
-class Strip {
-  public:
-    // `length`: elements of a row; `reach`: how many rows are needed at a time.
-    Strip(Scratch& scratch, int64_t height, int64_t length, int64_t reach) : pitch_(std::max<int64_t>(length, 1)) {
-        capacity_ = std::clamp<int64_t>(kStripBytes / int64_t(sizeof(T)) / pitch_, std::min(reach, height), height);
-        rows_ = scratch.of<T>(size_t(capacity_ * pitch_));
-    }
-    void begin() { first_ = end_ = 0; }
-    // Rows [low, high): where row 0 would be if all were there. Rows before `low` are not asked for again.
-    template <class Make>
-    const T* rows(int64_t low, int64_t high, Make make) {
-        if (high > first_ + capacity_) {
-            const int64_t kept = std::max<int64_t>(end_ - low, 0);
-            std::memmove(rows_, rows_ + (end_ - kept - first_) * pitch_, size_t(kept * pitch_) * sizeof(T));
-            first_ = low;
-            end_ = low + kept;
-        }
-        for (; end_ < high; ++end_) make(end_, rows_ + (end_ - first_) * pitch_);
-        return rows_ - first_ * pitch_;
-    }
-
-  private:
-    int64_t pitch_, capacity_, first_ = 0, end_ = 0;  // rows [first_, end_) are there
-    T* rows_;
-};
 
 // Which rows of the source the positions of each plane read: from `low` to `high` beyond their own.
 struct Reach {
@@ -221,7 +138,7 @@ const char* backward(const NormDepthwise& block) {
                         if (next[size_t(i)] < input.planes[i].height)
                             oldest = std::min(oldest, std::max<int64_t>(next[size_t(i)] + of_input.low[size_t(i)], 0));
                     const T* grad = slopes.rows(
-                        oldest, y + 1, [&](int64_t r, T* made) { outer->slopes(r * grad_length, grad_length, made); });
+                        oldest, y + 1, [&](int64_t r, T* made) { outer->slopes(r * grad_length, grad_length, made, false); });
                     products.products(y, source, grad, &weight_channel);
 
                     int64_t done = height;  // rows of the input gradient
@@ -238,7 +155,7 @@ const char* backward(const NormDepthwise& block) {
                 }
                 products.write_products(weight_channel);
                 inner->finish();
-                inner->slopes(0, block.inner.size, to);  // in its place
+                inner->slopes(0, block.inner.size, to, false);  // in its place
             }
         }
     });

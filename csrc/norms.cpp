@@ -129,7 +129,7 @@ py::object batch_norm_backward(py::handle grad, py::handle x, py::handle weight,
     return py::make_tuple(grad_x.object, grad_weight.object, grad_bias.object, grad_residual.object);
 }
 
-// ---- a depthwise convolution with the norms on both sides of it ------------------------------------
+// ---- norms beside something else -------------------------------------------------------------------
 
 // Of a norm as Python holds it: weight and bias (which may be None), mean, 1 / standard deviation, activation.
 class Beside {
@@ -151,6 +151,14 @@ class Beside {
     bool fits;
     NewTensor grad_weight, grad_bias;
 };
+
+// Whether the axes are of x, and `chosen` lies as what comes of pooling it.
+bool is_pooled(const Tensor& x, const PoolAxis& rows, const PoolAxis& columns, const Tensor& chosen) {
+    const Windows &h = rows.windows, &w = columns.windows;
+    return h.size == x.size(2) && w.size == x.size(3) && h.count > 0 && w.count > 0 && chosen.is_bytes() &&
+           chosen.is_batch_last() && chosen.size(0) == x.size(0) && chosen.size(1) == x.size(1) &&
+           chosen.size(2) == h.count && chosen.size(3) == w.count;
+}
 
 bool is_depthwise(const Convolution& c) { return c.groups == c.weight[0] && c.weight[1] == 1; }
 
@@ -214,6 +222,48 @@ py::object norm_depthwise_backward(const Convolution& c, py::handle grad_, py::h
                           after.grad_weight.object, after.grad_bias.object);
 }
 
+// ---- max pooling of an activated norm --------------------------------------------------------------
+
+// `chosen`: memory for the number of the tap that each maximum came from.
+py::object norm_max_pool(py::handle x, const py::tuple& norm, const PoolAxis& rows, const PoolAxis& columns,
+                         py::handle chosen_, int threads) {
+    const Beside before(x, norm, threads);
+    const Tensor chosen(chosen_);
+    if (!before.fits || !is_pooled(before.arguments.x, rows, columns, chosen)) return py::none();
+    const Norm& q = before.arguments.norm;
+    const NewTensor y = new_batch_last(q.element, chosen.sizes());
+    const NormPool block{q,
+                         {before.arguments.x.size(0), q.channels, q.element, rows.windows, columns.windows, nullptr,
+                          y.data, chosen.data<uint8_t>(), nullptr, nullptr, q.threads}};
+    {
+        py::gil_scoped_release release;
+        active_kernels().norm_pool_forward(block);
+    }
+    return y.object;
+}
+
+// The gradients of x, weight and bias.
+py::object norm_max_pool_backward(py::handle grad_, py::handle chosen_, py::handle x, const py::tuple& norm,
+                                  bool training, const PoolAxis& rows, const PoolAxis& columns, int threads) {
+    Beside before(x, norm, threads);
+    const Tensor grad(grad_), chosen(chosen_);
+    if (!before.fits || !is_pooled(before.arguments.x, rows, columns, chosen)) return py::none();
+    Norm& q = before.arguments.norm;
+    if (!is_image_of(grad, q.element, chosen.sizes())) return py::none();
+    before.take_gradients();
+    const NewTensor grad_x = new_batch_last(q.element, before.arguments.x.sizes());
+    q.training = training;
+    q.grad_x = grad_x.data;
+    const NormPool block{q,
+                         {before.arguments.x.size(0), q.channels, q.element, rows.windows, columns.windows, nullptr,
+                          nullptr, chosen.data<uint8_t>(), grad.data<const void>(), nullptr, q.threads}};
+    {
+        py::gil_scoped_release release;
+        active_kernels().norm_pool_backward(block);
+    }
+    return py::make_tuple(grad_x.object, before.grad_weight.object, before.grad_bias.object);
+}
+
 // ---- statistics ------------------------------------------------------------------------------------
 
 py::object deviation(py::handle variance_, float eps) {
@@ -245,6 +295,8 @@ void bind_norms(py::module_& m) {
     m.def("batch_norm_backward", &batch_norm_backward);
     m.def("norm_depthwise", &norm_depthwise);
     m.def("norm_depthwise_backward", &norm_depthwise_backward);
+    m.def("norm_max_pool", &norm_max_pool);
+    m.def("norm_max_pool_backward", &norm_max_pool_backward);
     m.def("reciprocal_deviation", &deviation);
     m.def("update_running", &update_running);
 }

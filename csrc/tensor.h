@@ -37,9 +37,10 @@ class Tensor {
     // A contiguous one of `count` float32 or int32.
     bool is_floats(int64_t count) const { return is_row(kFloat, count); }
     bool is_indices(int64_t count) const { return is_row(kInt, count); }
+    bool is_bytes() const { return readable() && code_ == kUnsigned && bits_ == 8; }
 
   private:
-    enum : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };  // as DLPack numbers them
+    enum : uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4 };  // as DLPack numbers them
     bool is_row(uint8_t code, int64_t count) const {
         return readable() && code_ == code && bits_ == 32 && count_ == count && is_contiguous();
     }

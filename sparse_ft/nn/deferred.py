@@ -457,6 +457,24 @@ def take_unfinished(x: Tensor) -> PendingNorm | None:
     return pending
 
 
+def take_alone(x: Deferred) -> tuple[PendingNorm | None, Tensor]:
+    """The activated norm that `x` stands for, for one whose gradient goes past the activation's own place in the graph
+    to the norm's operands; else None and the activation, which is finished where it is to be taken another time.
+
+    Another reader's gradient would be right, too, but rounded in another order. So it is seen first whether there is
+    any.
+    """
+    pending = pending_of(x)
+    if not isinstance(pending, PendingNorm) or not pending.activation or not pending.grad_enabled:
+        return None, x
+    if pending.before is not None:  # its operands have no place in the graph
+        return None, x
+    if not pending.patience.read_alone:
+        pending.patience.read_alone = True
+        return None, finish(x)
+    return take_unfinished(x), x
+
+
 def _add(a: Any, b: Any, in_place: bool) -> Tensor | None:
     for deferred, residual in ((a, b),) if in_place else ((a, b), (b, a)):
         pending = pending_of(deferred)

@@ -17,10 +17,9 @@ from sparse_ft.nn.deferred import (
     Deferred,
     Operands,
     PendingNorm,
-    finish,
     pending_of,
     placed,
-    take_unfinished,
+    take_alone,
 )
 from sparse_ft.ops import Activation, native_reason
 from sparse_ft.ops.gradients import (
@@ -165,16 +164,10 @@ def defer_depthwise(conv: SparseConv2d, x: Tensor) -> Tensor | None:
         return None
     if conv._norm_follows.lost or conv.bias is not None or native_reason(weights=(conv.weight,)) is not None:
         return None
-    pending = pending_of(x)
-    if not isinstance(pending, PendingNorm) or not pending.activation or not pending.grad_enabled:
-        return None
-    if not pending.patience.read_alone:
-        # Taken, it would go back past the activation's own place in the graph: right for other readers, too, but
-        # rounded in another order. So it is seen first whether there are any.
-        pending.patience.read_alone = True
-        return conv.forward(finish(x))
-    taken = take_unfinished(x)
-    return None if taken is None else PendingDepthwise(conv, taken).defer()
+    taken, x = take_alone(x)
+    if taken is not None:
+        return PendingDepthwise(conv, taken).defer()
+    return None if type(x) is Deferred else conv.forward(x)
 
 
 def join_depthwise(norm: nn.BatchNorm2d, x: Deferred) -> tuple[Tensor, Tensor, Tensor, PendingDepthwise] | None:

@@ -5,9 +5,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.nn.deferred import Deferred, take_alone
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import BATCH_LAST, CHANNELS_LAST, is_batch_last, native_reason
-from sparse_ft.ops.gradients import avg_pool2d, max_pool2d, to_layout
+from sparse_ft.ops.gradients import avg_pool2d, max_pool2d, norm_max_pool2d, to_layout
 
 _LEAST_BATCH = 4  # lanes are samples: with fewer of them torch's own is faster, copies and all
 _LARGE = 2**16
@@ -102,7 +103,7 @@ def _adaptive_windows(size, output):
 
 @adapts("torch.nn", "MaxPool2d")
 class LayoutMaxPool(nn.MaxPool2d):
-    """torch's maximum pooling."""
+    """torch's maximum pooling. In training it takes an activated norm unfinished, which then is not stored."""
 
     def forward(self, x: Tensor):
         windows = None
@@ -112,6 +113,10 @@ class LayoutMaxPool(nn.MaxPool2d):
                 _pair(self.dilation), self.ceil_mode,
             )  # fmt: skip
         if windows is not None:
+            if type(x) is Deferred:
+                norm, x = take_alone(x)
+                if norm is not None:
+                    return norm_max_pool2d(*norm.operands(), norm.training, *windows)[0]
             return max_pool2d(x, *windows)[0]
         if _few_samples(x) and not self.return_indices:
             # torch's own takes ten times as long in batch-last layout, which is contiguous for a single sample.

@@ -253,6 +253,32 @@ class _MaxPool2d(torch.autograd.Function):
         return grad_x, *[None] * len(ctx.windows)
 
 
+class _NormMaxPool2d(torch.autograd.Function):
+    compute = staticmethod(below_autograd("norm_max_pool2d"))
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, mean, rstd, activation, training, *windows):
+        y, chosen = ctx._forward_cls.compute(
+            x, norm_weight, norm_bias, mean, rstd, activation, training, *windows
+        )  # fmt: skip
+        ctx.mark_non_differentiable(chosen)
+        ctx.save_for_backward(chosen, x, norm_weight, norm_bias, mean, rstd)
+        ctx.activation, ctx.training, ctx.windows = activation, training, windows
+        return y, chosen
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        chosen, x, *norm = ctx.saved_tensors
+        grads = norm_max_pool2d_backward(grad, chosen, x, *norm, ctx.activation, ctx.training, *ctx.windows)
+        # Statistics, activation, training and windows have no gradient.
+        needs = ctx.needs_input_grad
+        of_norm = (
+            _as(of, tensor.dtype) if needed else None
+            for of, tensor, needed in zip(grads, (x, *norm[:2]), needs, strict=False)
+        )
+        return *of_norm, *[None] * (len(needs) - 3)
+
+
 class _AvgPool2d(torch.autograd.Function):
     compute = staticmethod(below_autograd("avg_pool2d"))
 
@@ -325,13 +351,15 @@ _DIFFERENTIABLE: dict[str, Callable] = {
     "batch_norm": _BatchNorm,
     "conv2d_norm": _conv2d_norm_differentiable,
     "max_pool2d": _MaxPool2d,
+    "norm_max_pool2d": _NormMaxPool2d,
     "avg_pool2d": _AvgPool2d,
     "to_layout": _ToLayout,
     "dropout": _Dropout,
 }
-linear, conv2d, norm_conv2d, norm_depthwise, batch_norm, conv2d_norm, max_pool2d, avg_pool2d, to_layout, dropout = (
-    caller(name, function) for name, function in _DIFFERENTIABLE.items()
-)
+(
+    linear, conv2d, norm_conv2d, norm_depthwise, batch_norm, conv2d_norm, max_pool2d, norm_max_pool2d, avg_pool2d,
+    to_layout, dropout,
+) = (caller(name, function) for name, function in _DIFFERENTIABLE.items())  # fmt: skip
 linear_input_grad, linear_weight_grad = caller("linear_input_grad"), caller("linear_weight_grad")
 linear_weight_bias_grad = caller("linear_weight_bias_grad")
 conv2d_input_grad, conv2d_weight_grad = caller("conv2d_input_grad"), caller("conv2d_weight_grad")
@@ -339,6 +367,7 @@ norm_conv2d_weight_grad = caller("norm_conv2d_weight_grad")
 norm_depthwise_backward = caller("norm_depthwise_backward")
 batch_norm_statistics, batch_norm_backward = caller("batch_norm_statistics"), caller("batch_norm_backward")
 max_pool2d_backward, avg_pool2d_backward = caller("max_pool2d_backward"), caller("avg_pool2d_backward")
+norm_max_pool2d_backward = caller("norm_max_pool2d_backward")
 
 for _name, _function in {**_DIFFERENTIABLE, "batch_norm": _batch_norm_with_defaults}.items():
     library.impl(_name, _function.apply if isinstance(_function, type) else _function, "Autograd")

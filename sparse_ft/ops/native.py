@@ -12,7 +12,15 @@ from sparse_ft.ops import _native, philox
 from sparse_ft.ops.allocation import ELEMENTS
 from sparse_ft.ops.by_tensor import ByTensor
 from sparse_ft.ops.checks import check_geometry
-from sparse_ft.ops.layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS, empty, is_batch_last, layout_of
+from sparse_ft.ops.layout import (
+    BATCH_LAST,
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    batch_last_strides,
+    empty,
+    is_batch_last,
+    layout_of,
+)
 
 
 def available_isas() -> list[str]:
@@ -324,6 +332,20 @@ def average_axes(shape, rows, row_ends, row_scale, columns, column_ends, column_
         _average_axis(shape[2], tuple(rows), tuple(row_ends), tuple(row_scale)),
         _average_axis(shape[3], tuple(columns), tuple(column_ends), tuple(column_scale)),
     )
+
+
+def norm_max_pool(x, norm, axes, shape) -> tuple[Tensor, Tensor] | None:
+    """Maxima, of `shape`, of the norm (weight, bias, mean, rstd, activation), and the taps that they came from."""
+    chosen = torch.empty_strided(shape, batch_last_strides(shape), dtype=torch.uint8)
+    y = _new(_native.norm_max_pool, x, norm, *axes, chosen, torch.get_num_threads())
+    return None if y is None else (y, chosen)
+
+
+def norm_max_pool_backward(grad, chosen, x, norm, training, axes) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gradients of x and the norm's weight and bias."""
+    return _new(
+        _native.norm_max_pool_backward, grad, chosen, x, norm, training, *axes, torch.get_num_threads()
+    )  # fmt: skip
 
 
 def pool(x: Tensor, axes, y: Tensor, chosen: Tensor | None) -> None:

@@ -15,6 +15,7 @@
     batch_norm_statistics   (N, C, H, W) -> mean, biased variance
     max_pool2d        (N, C, H, W) -> y, number of the tap that each value came from (uint8); windows start at `rows`
                       and `columns` and are clipped to the input
+    norm_max_pool2d   max_pool2d of activation(norm(x)), which is never stored
     avg_pool2d        (N, C, H, W) -> sums over [rows, row_ends) x [columns, column_ends), scaled
     to_layout         a copy in another memory layout
     dropout           x / (1 - p), or 0 with probability p: the random number of element i of the contiguous tensor is
@@ -87,6 +88,9 @@ for _schema in (
     " Tensor? residual, Tensor? output, int activation, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
     f"max_pool2d(Tensor x, {_MAXIMUM}) -> (Tensor, Tensor)",
     f"max_pool2d_backward(Tensor grad, Tensor chosen, {_MAXIMUM}, SymInt[] input_shape) -> Tensor",
+    f"norm_max_pool2d(Tensor x, {_NORM}, bool training, {_MAXIMUM}) -> (Tensor, Tensor)",
+    f"norm_max_pool2d_backward(Tensor grad, Tensor chosen, Tensor x, {_NORM}, bool training, {_MAXIMUM})"
+    " -> (Tensor, Tensor, Tensor)",
     f"avg_pool2d(Tensor x, {_AVERAGE}) -> Tensor",
     f"avg_pool2d_backward(Tensor grad, {_AVERAGE}, SymInt[] input_shape) -> Tensor",
     "to_layout(Tensor x, int layout) -> Tensor",
@@ -482,6 +486,40 @@ def _max_pool2d_backward(grad, chosen, rows, columns, kernel, dilation, input_sh
     return grad_x
 
 
+def _norm_max_pool2d(
+    x, norm_weight, norm_bias, mean, rstd, activation, training, rows, columns, kernel, dilation
+):  # fmt: skip
+    check_image("the input", x.shape)
+    check_windows(x.shape, rows, columns, kernel, dilation)
+    _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
+    norm = (*map(_contiguous, (norm_weight, norm_bias, mean, rstd)), activation)
+    if native_reason(x, weights=norm[:4]) or x.numel() == 0 or not rows or not columns:
+        y, chosen = reference.max_pool2d(reference.normalise(x, *norm), rows, columns, kernel, dilation)
+        return _batch_last(y), _batch_last(chosen)
+    axes = native.max_axes(x.shape, rows, columns, kernel, dilation)
+    return native.norm_max_pool(native.as_batch_last(x), norm, axes, (*x.shape[:2], len(rows), len(columns)))
+
+
+def _norm_max_pool2d_backward(
+    grad, chosen, x, norm_weight, norm_bias, mean, rstd, activation, training, rows, columns, kernel, dilation
+):
+    check_image("the input", x.shape)
+    check_windows(x.shape, rows, columns, kernel, dilation)
+    check_same_shape("the gradient", grad, (*x.shape[:2], len(rows), len(columns)))
+    check_same_shape("the choice", chosen, grad.shape)
+    _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
+    norm = (*map(_contiguous, (norm_weight, norm_bias, mean, rstd)), activation)
+    if native_reason(grad, x, weights=norm[:4]) or grad.numel() == 0 or chosen.dtype != torch.uint8:
+        through = reference.max_pool2d_backward(grad, chosen, rows, columns, kernel, dilation, x.shape)
+        grad_x, grad_weight, grad_bias, _ = reference.batch_norm_backward(
+            through, x, *norm[:4], None, None, activation, training
+        )
+        return _batch_last(grad_x), grad_weight, grad_bias
+    axes = native.max_axes(x.shape, rows, columns, kernel, dilation)
+    grad, chosen, x = native.as_batch_last(grad), _batch_last(chosen), native.as_batch_last(x)
+    return native.norm_max_pool_backward(grad, chosen, x, norm, training, axes)
+
+
 def _avg_pool2d(x, rows, row_ends, row_scale, columns, column_ends, column_scale):
     check_image("the input", x.shape)
     windows = (rows, row_ends, row_scale, columns, column_ends, column_scale)
@@ -539,6 +577,8 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "batch_norm_backward": _batch_norm_backward,
     "max_pool2d": _max_pool2d,
     "max_pool2d_backward": _max_pool2d_backward,
+    "norm_max_pool2d": _norm_max_pool2d,
+    "norm_max_pool2d_backward": _norm_max_pool2d_backward,
     "avg_pool2d": _avg_pool2d,
     "avg_pool2d_backward": _avg_pool2d_backward,
     "to_layout": _to_layout,
@@ -668,6 +708,17 @@ def _(x, rows, columns, kernel, dilation):
 @torch.library.register_fake("sparse_ft::max_pool2d_backward")
 def _(grad, chosen, rows, columns, kernel, dilation, input_shape):
     return empty(input_shape, BATCH_LAST, grad)
+
+
+@torch.library.register_fake("sparse_ft::norm_max_pool2d")
+def _(x, norm_weight, norm_bias, mean, rstd, activation, training, rows, columns, kernel, dilation):
+    y = empty((*x.shape[:2], len(rows), len(columns)), BATCH_LAST, x)
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+@torch.library.register_fake("sparse_ft::norm_max_pool2d_backward")
+def _(grad, chosen, x, norm_weight, norm_bias, mean, rstd, activation, training, rows, columns, kernel, dilation):
+    return empty(x.shape, BATCH_LAST, x), *(mean.new_empty(x.shape[1]) for _ in range(2))
 
 
 @torch.library.register_fake("sparse_ft::avg_pool2d")

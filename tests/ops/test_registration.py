@@ -11,8 +11,8 @@ SHAPE = (4, 3, 3, 3)
 MAXIMUM = ([-1, 1, 3], [0, 2], (2, 3), (2, 1))
 AVERAGE = ([0, 2], [4, 6], [0.25, 0.25], [0, 1, 4], [1, 4, 5], [1.0, 0.5, 1.0])
 DIFFERENTIABLE = (
-    "linear", "conv2d", "norm_conv2d", "norm_depthwise", "conv2d_norm", "batch_norm", "max_pool2d", "avg_pool2d",
-    "to_layout", "dropout",
+    "linear", "conv2d", "norm_conv2d", "norm_depthwise", "conv2d_norm", "batch_norm", "max_pool2d",
+    "norm_max_pool2d", "avg_pool2d", "to_layout", "dropout",
 )  # fmt: skip
 
 
@@ -129,6 +129,18 @@ def _samples(name: str, dtype: torch.dtype, weights: torch.dtype | None = None) 
         "max_pool2d_backward": [
             (leaf(3, 6, 3, 2), torch.tensor([1, 2, 4] * 36, dtype=torch.uint8).view(3, 6, 3, 2), *MAXIMUM, list(image))
         ],
+        "norm_max_pool2d": [
+            (leaf(*image), leaf(6), leaf(6), mean, variance, 4, False, *MAXIMUM),
+            (leaf(*image), None, None, mean, variance, 1, False, *MAXIMUM),
+        ],
+        "norm_max_pool2d_backward": [
+            (
+                leaf(3, 6, 3, 2),
+                torch.tensor([1, 2, 4] * 36, dtype=torch.uint8).view(3, 6, 3, 2),
+                *(leaf(*image), leaf(6), None, mean, variance, 1, training, *MAXIMUM),
+            )
+            for training in (True, False)
+        ],
         "avg_pool2d": [(leaf(*image), *AVERAGE)],
         "avg_pool2d_backward": [(leaf(3, 6, 2, 3), *AVERAGE, list(image))],
         "to_layout": [(leaf(*image), layout) for layout in (CONTIGUOUS, CHANNELS_LAST, BATCH_LAST)],
@@ -140,7 +152,7 @@ NAMES = [
     "linear", "linear_input_grad", "linear_weight_grad", "linear_weight_bias_grad", "conv2d", "conv2d_input_grad",
     "conv2d_weight_grad", "norm_conv2d", "norm_conv2d_weight_grad", "norm_depthwise", "norm_depthwise_backward",
     "conv2d_norm", "batch_norm", "batch_norm_statistics", "batch_norm_backward",
-    "max_pool2d", "max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
+    "max_pool2d", "max_pool2d_backward", "norm_max_pool2d", "norm_max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
     "dropout",
 ]  # fmt: skip
 
