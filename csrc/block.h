@@ -11,7 +11,8 @@
 
 namespace sparse_ft {
 
-// What DLPack (https://dmlc.github.io/dlpack/latest/c_api.html), version 1, hands over: a tensor, and with who frees it.
+// What DLPack (https://dmlc.github.io/dlpack/latest/c_api.html), version 1, hands over: a tensor, and with who frees
+// it.
 struct DLTensor {
     void* data;
     struct {

@@ -1,4 +1,5 @@
-// A sparse layer at the Python edge: its activations and its weight as torch's tensors, and how the products take them.
+// A sparse layer at the Python edge: its activations and its weight as torch's tensors, and how the products take
+// them.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -40,16 +40,19 @@ T* channel_of(void* activation, const Norm& q, int64_t c) {
     return activation ? static_cast<T*>(activation) + c * q.size : nullptr;
 }
 
-// Calls each(i, count, put) for all of a channel, where put(to, v, count) stores.
+// Calls each(i, count, put) for all of a channel, where put(to, v, count) stores. From its end to its beginning, piece
+// by piece: the pass before has just left the end in the caches.
 template <class Each>
 void write_channel(int64_t size, bool around, Each each) {
+    constexpr int64_t kPiece = 4096;
+    const auto write = [&](auto put) {
+        for (int64_t begin = size > 0 ? (size - 1) / kPiece * kPiece : -1; begin >= 0; begin -= kPiece)
+            each_vector(std::min(kPiece, size - begin), [&](int64_t i, int count) { each(begin + i, count, put); });
+    };
     if (around)
-        each_vector(size, [&](int64_t i, int count) {
-            each(i, count, [](auto* to, vec v, int n) { n == kLanes ? store_around(to, v) : store(to, v, n); });
-        });
+        write([](auto* to, vec v, int n) { n == kLanes ? store_around(to, v) : store(to, v, n); });
     else
-        each_vector(size,
-                    [&](int64_t i, int count) { each(i, count, [](auto* to, vec v, int n) { store(to, v, n); }); });
+        write([](auto* to, vec v, int n) { store(to, v, n); });
 }
 
 // Writes the mean and the variance of channel c, whose elements are at x.

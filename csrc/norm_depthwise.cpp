@@ -137,8 +137,9 @@ const char* backward(const NormDepthwise& block) {
                     for (int64_t i = 0; i < input.plane_count; ++i)
                         if (next[size_t(i)] < input.planes[i].height)
                             oldest = std::min(oldest, std::max<int64_t>(next[size_t(i)] + of_input.low[size_t(i)], 0));
-                    const T* grad = slopes.rows(
-                        oldest, y + 1, [&](int64_t r, T* made) { outer->slopes(r * grad_length, grad_length, made, false); });
+                    const T* grad = slopes.rows(oldest, y + 1, [&](int64_t r, T* made) {
+                        outer->slopes(r * grad_length, grad_length, made, false);
+                    });
                     products.products(y, source, grad, &weight_channel);
 
                     int64_t done = height;  // rows of the input gradient

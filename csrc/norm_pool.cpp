@@ -1,6 +1,6 @@
-// Max pooling of an activated batch norm, channel by channel: what is normalised waits in the caches for the windows, and
-// what comes back from them for the norm's gradient. Forward reads x and writes the maxima; backward reads x and the
-// gradient of these and writes that of x. Every step is that of the pass by itself, and so are the results.
+// Max pooling of an activated batch norm, channel by channel: what is normalised waits in the caches for the windows,
+// and what comes back from them for the norm's gradient. Forward reads x and writes the maxima; backward reads x and
+// the gradient of these and writes that of x. Every step is that of the pass by itself, and so are the results.
 #include <omp.h>
 
 #include "kernels.h"

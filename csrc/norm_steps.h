@@ -1,5 +1,5 @@
-// A batch norm step by step, for passes over a channel that do more than the norm. Every step is that of norm.cpp, and so
-// are the results, to the last bit.
+// A batch norm step by step, for passes over a channel that do more than the norm. Every step is that of norm.cpp, and
+// so are the results, to the last bit.
 #pragma once
 #include <memory>
 #include <optional>

@@ -1,5 +1,6 @@
 // Pooling in batch-last layout row by row: lanes are samples.
 #pragma once
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -9,17 +10,31 @@
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 
-typedef uint8_t bytes __attribute__((vector_size(kLanes), may_alias));
-
+// GCC takes vectors of bytes apart to convert them, which took longer than all else that pooling does.
 inline ivec load_bytes(const uint8_t* p, int count) {
-    bytes b = {};
-    std::memcpy(&b, p, size_t(count));
-    return __builtin_convertvector(b, ivec);
+#if defined(__AVX512F__)
+    return reinterpret_cast<ivec>(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << count) - 1), p)));
+#else
+    uint8_t bytes[kLanes] = {};
+    std::memcpy(bytes, p, size_t(count));
+#if defined(__AVX2__)
+    return reinterpret_cast<ivec>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#else
+    ivec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = bytes[i];
+    return v;
+#endif
+#endif
 }
 
-inline void store_bytes(uint8_t* p, ivec v, int count) {
-    const bytes b = __builtin_convertvector(v, bytes);
-    std::memcpy(p, &b, size_t(count));
+inline void store_bytes(uint8_t* p, ivec v, int count) {  // of numbers that fit into a byte
+#if defined(__AVX512F__)
+    _mm512_mask_cvtepi32_storeu_epi8(p, __mmask16((1u << count) - 1), reinterpret_cast<__m512i>(v));
+#else
+    uint8_t bytes[kLanes];
+    for (int i = 0; i < kLanes; ++i) bytes[i] = uint8_t(v[i]);
+    std::memcpy(p, bytes, size_t(count));
+#endif
 }
 
 // Which windows reach each input row, and with which of their taps.
@@ -41,8 +56,8 @@ struct WindowsOfRows {
     }
 };
 
-// Row `oy` of windows of a channel. `from`: where the channel's row 0 would be if all its rows were in memory; `to` and
-// `chosen`: where the row of results goes.
+// Row `oy` of windows of a channel. `from`: where the channel's row 0 would be if all its rows were in memory; `to`
+// and `chosen`: where the row of results goes.
 template <class T, bool kMax>
 void pool_row(const Pool& q, int64_t oy, const T* from, T* to, uint8_t* chosen) {
     const Windows y = q.y, x = q.x;

@@ -34,8 +34,9 @@ class Entrance {
         const auto given = py::reinterpret_borrow<py::tuple>(arguments);
         const Tensor mean(given[0]), rstd(given[1]), weight(given[2]), bias(given[3]);
         const int activation = given[4].cast<int>();
-        fits = mean.is_floats(channels) && rstd.is_floats(channels) && (!weight.given() || weight.is_floats(channels)) &&
-               (!bias.given() || bias.is_floats(channels)) && is_activation(activation);
+        fits = mean.is_floats(channels) && rstd.is_floats(channels) &&
+               (!weight.given() || weight.is_floats(channels)) && (!bias.given() || bias.is_floats(channels)) &&
+               is_activation(activation);
         if (!fits) return;
         scale.assign(rstd.data<float>(), rstd.data<float>() + channels);
         if (weight.given())

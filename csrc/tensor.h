@@ -1,6 +1,6 @@
 // torch's tensors at the Python edge, without torch's headers: read and made by DLPack's C exchange interface
-// (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.3; torch 2.10 and later), which takes some 50 ns a tensor.
-// Asking Python for address, sizes and strides took longer than a small layer's arithmetic.
+// (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.3; torch 2.10 and later), which takes some 50 ns a
+// tensor. Asking Python for address, sizes and strides took longer than a small layer's arithmetic.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -30,7 +30,9 @@ class Tensor {
         return static_cast<T*>(data_);
     }
 
-    bool is_activation() const { return readable() && (code_ == kFloat ? bits_ == 32 : code_ == kBfloat && bits_ == 16); }
+    bool is_activation() const {
+        return readable() && (code_ == kFloat ? bits_ == 32 : code_ == kBfloat && bits_ == 16);
+    }
     Element element() const { return code_ == kFloat ? Element::kFloat : Element::kBfloat16; }  // of an activation
     bool is_contiguous() const;
     bool is_batch_last() const;  // (N, C, H, W) with strides (1, H*W*N, W*N, N); of sizes of one any
