@@ -11,6 +11,9 @@
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 
+// Elements that are fetched ahead, where a pass reads a channel from memory: the processor alone begins anew at each
+// page.
+constexpr int64_t kAhead = 2048;
 constexpr int64_t kChunk = 2048;  // elements summed in single precision before they join a double
 
 // Adds to sums in double, over elements [begin, end), the two vectors that terms(i, count, &a, &b) adds to. `begin` is
@@ -121,6 +124,8 @@ class ChannelGradient {
         two_sums(
             begin, end,
             [&](int64_t i, int count, vec& a, vec& b) {
+                prefetch(channel.x + i + kAhead);
+                prefetch(grad + i + kAhead);
                 const vec g = before(i, count);
                 if (kept) store(kept + i, g, count);
                 a += g;

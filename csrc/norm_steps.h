@@ -28,6 +28,7 @@ class StepsOf : public NormSteps<T> {
     void values(int64_t first, int64_t count, T* to) const override {
         const Channel<T> channel(q, number);
         each_vector(count, [&](int64_t i, int n) {
+            prefetch(channel.x + first + i + kAhead);
             store(to + i, Act::value(channel.template before_activation<false>(first + i, n)), n);
         });
     }
