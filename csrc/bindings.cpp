@@ -68,7 +68,8 @@ std::vector<std::string> available() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Native kernels of sparse_ft: raw addresses and sizes; see csrc/api.h.";
+    m.doc() = "Native kernels of sparse_ft; see csrc/api.h. Layers take tensors, the rest raw addresses and sizes.";
+    find_exchange();
 
     py::class_<Convolution>(m, "Convolution")
         .def(py::init([](Four weight, Two stride, Four padding, Two dilation, int64_t groups) {
@@ -85,6 +86,7 @@ PYBIND11_MODULE(_native, m) {
         return new_tensor(element_of(element), shape, strides).object;
     });
     m.def("threads", &threads_for);
+    m.def("are_plain", &are_plain);
 
     bind_products(m);
     bind_norms(m);

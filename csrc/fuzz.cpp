@@ -27,7 +27,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const Kernels& kernels = *all[in.byte() % all.size()];
     const bool guarded = std::strstr(kernels.name, "jit") != nullptr;
     try {
-        switch (op % 17) {
+        switch (op % 18) {
+            case 17:
+                fuzz_norm_pool(in, kernels);
+                break;
             case 5:
                 fuzz_norm_depthwise(in, kernels, guarded);
                 break;

@@ -198,6 +198,7 @@ void fuzz_product(Bytes& in, const Kernels& kernels, bool guarded);
 void fuzz_norm_depthwise(Bytes& in, const Kernels& kernels, bool guarded);
 void fuzz_norm(Bytes& in, const Kernels& kernels);
 void fuzz_pool(Bytes& in, const Kernels& kernels);
+void fuzz_norm_pool(Bytes& in, const Kernels& kernels);
 void fuzz_transpose(Bytes& in, const Kernels& kernels, bool guarded);
 void fuzz_dropout(Bytes& in, const Kernels& kernels, bool guarded);
 void fuzz_compact(Bytes& in, const Kernels& kernels, bool guarded);

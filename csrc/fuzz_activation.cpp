@@ -156,6 +156,82 @@ void fuzz_pool(Bytes& in, const Kernels& kernels) {
     kernels.pool_backward(q);
 }
 
+// One pass has the results of two, to the last bit.
+void fuzz_norm_pool(Bytes& in, const Kernels& kernels) {
+    const auto y = pool_axis(in, true), x = pool_axis(in, true);
+    if (int64_t(y->windows.taps) * x->windows.taps > 255) throw TooLarge();
+    const int64_t batch = in.small(0, 40), channels = in.small(0, 3);
+    const int64_t size = product_of({batch, y->windows.size, x->windows.size});
+    const int64_t results = product_of({batch, y->windows.count, x->windows.count});
+    Floats input(channels * size, false), activated(channels * size, false), through(channels * size, false),
+        grad_input(channels * size, false), output(channels * results, false), grad(channels * results, false);
+    Floats weight(channels, false), bias(channels, false), mean(channels, false), variance(channels, false),
+        rstd(channels, false), grad_weight(channels, false), grad_bias(channels, false);
+    Buffer<uint8_t> chosen(channels * results, false);
+    const uint32_t seed = in.word();
+    for (const Floats* floats : {&input, &weight, &bias, &mean, &grad}) fill(*floats, seed);
+    for (int64_t i = 0; i < channels; ++i) variance[i] = std::abs(mean[i]);
+    const Element element = element_of(int(in.small(0, 1)));
+    const Stored stored_input(input, element), stored_activated(activated, element), stored_through(through, element),
+        stored_grad_input(grad_input, element), stored_output(output, element), stored_grad(grad, element);
+
+    Norm norm{};
+    norm.channels = channels;
+    norm.size = size;
+    norm.element = element;
+    norm.activation = activation_of(int(in.number(0, 6)));
+    norm.training = in.byte() % 2;
+    norm.threads = int(in.small(1, 3));
+    norm.eps = 1e-5f;
+    norm.x = stored_input.get();
+    norm.weight = weight.get();
+    norm.bias = bias.get();
+    norm.mean = mean.get();
+    norm.variance = variance.get();
+    norm.rstd = rstd.get();
+    norm.y = stored_activated.get();
+    Pool pool{batch,
+              channels,
+              element,
+              y->windows,
+              x->windows,
+              stored_activated.get(),
+              stored_output.get(),
+              chosen.get(),
+              stored_grad.get(),
+              stored_through.get(),
+              norm.threads};
+    kernels.norm_forward(norm);
+    kernels.pool_forward(pool);
+    kernels.pool_backward(pool);
+    norm.grad = stored_through.get();
+    norm.grad_x = stored_grad_input.get();
+    norm.grad_weight = grad_weight.get();
+    norm.grad_bias = grad_bias.get();
+    kernels.norm_backward(norm);
+    std::snprintf(described, sizeof described, "%s norm and pooling of type %d: %ld of %ld x %ld x %ld", kernels.name,
+                  int(element), long(channels), long(y->windows.size), long(x->windows.size), long(batch));
+
+    const auto bytes = [](const void* from, int64_t count) {
+        const auto* first = static_cast<const uint8_t*>(from);
+        return std::vector<uint8_t>(first, first + count);
+    };
+    const int64_t width = element_bytes(element), floats = channels * int64_t(sizeof(float));
+    const auto all = [&] {
+        std::vector<std::vector<uint8_t>> found{bytes(stored_output.get(), channels * results * width),
+                                                bytes(chosen.get(), channels * results),
+                                                bytes(stored_grad_input.get(), channels * size * width),
+                                                bytes(grad_weight.get(), floats), bytes(grad_bias.get(), floats)};
+        return found;
+    };
+    const auto expected = all();
+    pool.input = norm.grad = norm.y = nullptr;  // not stored
+    pool.grad_input = nullptr;
+    kernels.norm_pool_forward({norm, pool});
+    kernels.norm_pool_backward({norm, pool});
+    if (all() != expected) fail("pooling of a norm differs from both one by one");
+}
+
 void fuzz_transpose(Bytes& in, const Kernels& kernels, bool guarded) {
     Transpose q{};
     q.batch_outer = in.small(0, 3);

@@ -208,7 +208,7 @@ void fuzz_block(Bytes& in) {
     if (!refused && bytes > UINT64_MAX - 64) refused = true;
     if (!refused && bytes > 4 * kMostFloats) throw TooLarge();  // the system's answer, not ours
     const std::vector<int64_t> strides(shape.size(), 1);
-    DLManagedTensor* block = make_block(element, shape, strides);
+    DLManagedTensorVersioned* block = make_block(element, shape, strides);
     if ((block == nullptr) != refused) fail("a block of impossible size is given, or a possible one is not");
     if (block == nullptr) return;
     if (reinterpret_cast<uintptr_t>(block->tensor.data) % 64 != 0) fail("a block lies across cache lines");

@@ -12,31 +12,39 @@ namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 namespace {
 
-// The rows that window `o` reads.
+// Which rows the windows read, in whatever order these come.
 struct RowsOf {
-    int64_t low, high;
-    RowsOf(const Windows& w, int64_t o)
-        : low(w.first[o] + w.low[o] * int64_t(w.step)), high(w.first[o] + (w.high[o] - 1) * int64_t(w.step) + 1) {}
+    std::vector<int64_t> low, high;  // by window; `low`: no later window reads a row before it
+    int64_t most = 1;                // rows at a time
+    explicit RowsOf(const Windows& w) : low(size_t(w.count)), high(size_t(w.count)) {
+        int64_t least = w.size;
+        for (int64_t o = w.count - 1; o >= 0; --o) {
+            const int64_t step = w.step;
+            const bool is_empty = w.low[o] >= w.high[o];
+            least = is_empty ? least : std::min(least, w.first[o] + w.low[o] * step);
+            low[size_t(o)] = least;
+            high[size_t(o)] = is_empty ? 0 : w.first[o] + (w.high[o] - 1) * step + 1;
+            most = std::max(most, high[size_t(o)] - least);
+        }
+    }
 };
 
 template <class T>
 void forward(const NormPool& block) {
     const Pool& q = block.pool;
     const int64_t length = q.x.size * q.batch, results = q.x.count * q.batch;
-    int64_t most = 1;  // rows at a time
-    for (int64_t o = 0; o < q.y.count; ++o) most = std::max(most, RowsOf(q.y, o).high - RowsOf(q.y, o).low);
+    const RowsOf rows(q.y);
 #pragma omp parallel num_threads(q.threads)
     {
         thread_local Scratch scratch;
         const std::unique_ptr<NormSteps<T>> norm = steps_of<T>(block.norm);
-        Strip<T> strip(scratch, q.y.size, length, most);
+        Strip<T> strip(scratch, q.y.size, length, rows.most);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t c = 0; c < q.channels; ++c) {
             norm->begin(c, nullptr);
             strip.begin();
             for (int64_t o = 0; o < q.y.count; ++o) {
-                const RowsOf rows(q.y, o);
-                const T* from = strip.rows(rows.low, rows.high,
+                const T* from = strip.rows(rows.low[size_t(o)], rows.high[size_t(o)],
                                            [&](int64_t r, T* made) { norm->values(r * length, length, made); });
                 const int64_t to = (c * q.y.count + o) * results;
                 pool_row<T, true>(q, o, from, static_cast<T*>(q.output) + to, q.chosen + to);

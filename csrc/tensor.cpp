@@ -1,7 +1,6 @@
 #include "tensor.h"
 
 #include <new>
-#include <stdexcept>
 
 #include "block.h"
 
@@ -23,28 +22,42 @@ struct Exchange {
     void* current_stream;
 };
 
-const Exchange& exchange() {
-    static const Exchange* const known = [] {
-        const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-        const auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-        if (found == nullptr) throw py::error_already_set();
-        if (found->version.major != 1 || found->view == nullptr)
-            throw std::runtime_error("this torch exchanges tensors in a way that sparse_ft does not know");
-        return found;  // as long as the process lives
-    }();
-    return *known;
-}
+// torch's, as long as the process lives.
+const Exchange* exchange = nullptr;
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 
 constexpr int32_t kCpu = 1;
 
 }  // namespace
+
+void find_exchange() {
+    const py::module_ torch = py::module_::import("torch");
+    const py::object tensor = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
+    if (!py::hasattr(tensor, "__dlpack_c_exchange_api__"))
+        throw py::import_error("sparse_ft needs torch 2.10 or newer, which hands tensors over to C (DLPack 1.3)");
+    const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+    exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (exchange == nullptr) throw py::error_already_set();
+    tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
+    parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+    if (exchange->version.major != 1 || exchange->view == nullptr || exchange->import_tensor == nullptr)
+        throw py::import_error("this torch hands tensors over in a way that sparse_ft does not know");
+}
+
+bool are_plain(const py::args& args) {
+    for (py::handle arg : args) {
+        PyTypeObject* const type = Py_TYPE(arg.ptr());
+        if (type != tensor_type && type != parameter_type && PyType_IsSubtype(type, tensor_type)) return false;
+    }
+    return true;
+}
 
 Tensor::Tensor(py::handle object) {
     if (object.is_none()) return;
     given_ = true;
     count_ = -1;
     DLTensor tensor;
-    if (exchange().view(object.ptr(), &tensor) != 0) {
+    if (exchange->view(object.ptr(), &tensor) != 0) {
         PyErr_Clear();
         return;
     }
@@ -81,7 +94,7 @@ NewTensor new_tensor(Element element, const std::vector<int64_t>& sizes, const s
     DLManagedTensorVersioned* block = make_block(element, sizes, strides);
     if (block == nullptr) throw std::bad_alloc();
     void *const data = block->tensor.data, *object = nullptr;
-    if (exchange().import_tensor(block, &object) != 0) {
+    if (exchange->import_tensor(block, &object) != 0) {
         block->deleter(block);
         throw py::error_already_set();
     }

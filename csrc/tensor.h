@@ -5,12 +5,18 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "api.h"
 
 namespace sparse_ft {
+
+// To be called before all else; ImportError where torch has no such interface.
+void find_exchange();
+
+// Whether those of `args` that are tensors are torch.Tensor or torch.nn.Parameter, and of no other type derived from
+// it.
+bool are_plain(const pybind11::args& args);
 
 // A tensor's memory as its owner describes it. It is not kept alive by this: for the length of a call.
 class Tensor {

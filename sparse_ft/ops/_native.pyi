@@ -1,16 +1,19 @@
-"""The native core (csrc/bindings.cpp): addresses and sizes in, ValueError out.
+"""The native core (csrc/bindings.cpp): ValueError for malformed patterns.
 
-`element` says what activations are stored as: 0 for float32, 1 for bfloat16.
+Layers (csrc/products.cpp, csrc/norms.cpp) take tensors and give new ones, or None, having done nothing, where they do
+not take their arguments as they are. The rest takes addresses and sizes; `element` is what activations are stored as:
+0 for float32, 1 for bfloat16.
 """
 
 from collections.abc import Sequence
 from typing import overload
 
-from typing_extensions import CapsuleType
+from torch import Tensor
 
 _Sizes = Sequence[int]
-_Norm = tuple[int, int, int, int, int]  # addresses of mean, rstd, weight and bias; the activation
-_ResultNorm = tuple[int, int, int, int, float, int, int]  # mean, variance, weight, bias; eps; residual; activation
+_Tensors = tuple[Tensor, Tensor, Tensor]
+_Pattern = Sequence[Tensor]
+_Norm = tuple  # weight, bias, mean, rstd, activation
 
 class Convolution:
     def __init__(self, weight: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int) -> None: ...
@@ -18,32 +21,57 @@ class Convolution:
 class Programs:
     def __init__(self) -> None: ...
 
-def block(element: int, shape: _Sizes, strides: _Sizes) -> CapsuleType: ...
-def forward(
-    conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int,
-    y_stride: _Sizes, row_ptr: int, col: int, values: int, bias: int, nnz: int, programs: Programs | None,
-    threads: int, norm: _Norm | None, result: _ResultNorm | None, mean: int, variance: int,
-) -> bool: ...  # fmt: skip
-def input_grad(
-    conv: Convolution, element: int, size: _Sizes, grad: int, grad_stride: _Sizes, out_size: _Sizes, grad_x: int,
-    grad_x_stride: _Sizes, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int, programs: Programs | None,
+def block(element: int, shape: _Sizes, strides: _Sizes) -> Tensor: ...
+def threads(operations: int, most: int) -> int: ...
+def are_plain(*args: object) -> bool: ...
+def conv2d(
+    conv: Convolution, x: Tensor, values: Tensor, bias: Tensor | None, pattern: _Pattern, programs: Programs | None,
+    threads: int, norm: tuple | None, result: tuple | None, measure: bool, out: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None] | None: ...  # fmt: skip
+def conv2d_input_grad(
+    conv: Convolution, grad: Tensor, values: Tensor, pattern: _Pattern, programs: Programs | None, threads: int,
+    input_shape: _Sizes, out: Tensor | None,
+) -> Tensor | None: ...  # fmt: skip
+def conv2d_weight_grad(
+    conv: Convolution, grad: Tensor, x: Tensor, pattern: _Pattern, programs: Programs | None, threads: int,
+    norm: tuple | None, out: Tensor | None,
+) -> Tensor | None: ...  # fmt: skip
+def linear(
+    conv: Convolution, x: Tensor, values: Tensor, bias: Tensor | None, pattern: _Pattern, programs: Programs | None,
     threads: int,
-) -> None: ...  # fmt: skip
-def weight_grad(
-    conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int,
-    grad_stride: _Sizes, row_ptr: int, col: int, value_grad: int, row_sums: int, nnz: int, programs: Programs | None,
-    threads: int, norm: _Norm | None,
-) -> None: ...  # fmt: skip
-def norm_depthwise_forward(
-    conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, y: int,
-    y_stride: _Sizes, row_ptr: int, col: int, values: int, bias: int, nnz: int, threads: int, inner: tuple, mean: int,
-    variance: int,
-) -> None: ...  # fmt: skip
+) -> Tensor | None: ...  # fmt: skip
+def linear_input_grad(
+    conv: Convolution, grad: Tensor, values: Tensor, pattern: _Pattern, programs: Programs | None, threads: int
+) -> Tensor | None: ...
+def linear_weight_grad(
+    conv: Convolution, grad: Tensor, x: Tensor, pattern: _Pattern, programs: Programs | None, threads: int,
+    of_bias: bool,
+) -> Tensor | tuple[Tensor, Tensor] | None: ...  # fmt: skip
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float,
+    residual: Tensor | None, activation: int, threads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...  # fmt: skip
+def batch_norm_statistics(x: Tensor, threads: int) -> tuple[Tensor, Tensor] | None: ...
+def batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    residual: Tensor | None, output: Tensor | None, activation: int, training: bool, threads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...  # fmt: skip
+def norm_depthwise(
+    conv: Convolution, x: Tensor, inner: _Norm, values: Tensor, bias: Tensor | None, pattern: _Pattern, threads: int
+) -> _Tensors | None: ...
 def norm_depthwise_backward(
-    conv: Convolution, element: int, size: _Sizes, x: int, x_stride: _Sizes, out_size: _Sizes, grad: int, y: int,
-    y_stride: _Sizes, row_ptr: int, col: int, t_row_ptr: int, t_col: int, perm: int, values: int, nnz: int,
-    threads: int, inner: tuple, outer: tuple, grad_x: int, value_grad: int,
-) -> None: ...  # fmt: skip
+    conv: Convolution, grad: Tensor, y: Tensor, outer: _Norm, x: Tensor, inner: _Norm, training: bool, values: Tensor,
+    pattern: _Pattern, threads: int,
+) -> tuple[Tensor, ...] | None: ...  # fmt: skip
+def norm_max_pool(
+    x: Tensor, norm: _Norm, rows: PoolAxis, columns: PoolAxis, chosen: Tensor, threads: int
+) -> Tensor | None: ...
+def norm_max_pool_backward(
+    grad: Tensor, chosen: Tensor, x: Tensor, norm: _Norm, training: bool, rows: PoolAxis, columns: PoolAxis,
+    threads: int,
+) -> _Tensors | None: ...  # fmt: skip
+def reciprocal_deviation(variance: Tensor, eps: float) -> Tensor | None: ...
+def update_running(running: Tensor, measured: Tensor, momentum: float, correction: float) -> bool: ...
 def count_nonzero(weight: int, numel: int, threads: int) -> int: ...
 def count_true(mask: int, numel: int, threads: int) -> int: ...
 def fingerprint(values: int, count: int) -> int: ...
@@ -58,17 +86,6 @@ def decode_bitmap(bitmap: int, numel: int, count: int, positions: int) -> None: 
 def unpack(
     weights: list[tuple[int, int, bool, int, int, int, int, int]], threads: int
 ) -> list[tuple[int, str | None]]: ...
-def norm_forward(
-    element: int, x: int, residual: int, channels: int, size: int, activation: int, weight: int, bias: int,
-    eps: float, measure: bool, mean: int, variance: int, rstd: int, y: int, threads: int,
-) -> None: ...  # fmt: skip
-def norm_backward(
-    element: int, grad: int, x: int, residual: int, output: int, channels: int, size: int, activation: int,
-    weight: int, bias: int, mean: int, rstd: int, training: bool, grad_x: int, grad_residual: int, grad_weight: int,
-    grad_bias: int, threads: int,
-) -> None: ...  # fmt: skip
-def reciprocal_deviation(variance: int, count: int, eps: float, rstd: int) -> None: ...
-def update_running(running: int, measured: int, count: int, momentum: float, correction: float) -> None: ...
 
 class PoolAxis:
     @overload

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 
-_PLAIN = (Tensor, nn.Parameter)
+from sparse_ft.ops import _native
+
 _implementations: dict[str, Callable] = {}
 
 
@@ -34,12 +35,7 @@ def transformed() -> bool:
 
 
 def _unwatched(args: tuple) -> bool:
-    if transformed() or _profiler_enabled():
-        return False
-    for arg in args:  # a loop: generators cost as much as all else here
-        if type(arg) not in _PLAIN and isinstance(arg, Tensor):
-            return False
-    return True
+    return not (transformed() or _profiler_enabled()) and _native.are_plain(*args)
 
 
 def _any_requires_grad(args: tuple) -> bool:
@@ -65,9 +61,9 @@ def caller(name: str, differentiable: Callable | None = None) -> Callable[..., A
     """
     operator, count = _operator(name)
     compute = _implementations[name]
-    if isinstance(differentiable, type):
+    if isinstance(differentiable, type) and issubclass(differentiable, torch.autograd.Function):
         # What was seen to be plain here need not be looked at again.
-        kind = type(differentiable.__name__, (differentiable,), {"compute": staticmethod(compute)})
+        kind: Any = type(differentiable.__name__, (differentiable,), {"compute": staticmethod(compute)})
         differentiable = kind.apply
 
     def call(*args):

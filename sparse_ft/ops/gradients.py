@@ -370,7 +370,7 @@ max_pool2d_backward, avg_pool2d_backward = caller("max_pool2d_backward"), caller
 norm_max_pool2d_backward = caller("norm_max_pool2d_backward")
 
 for _name, _function in {**_DIFFERENTIABLE, "batch_norm": _batch_norm_with_defaults}.items():
-    library.impl(_name, _function.apply if isinstance(_function, type) else _function, "Autograd")
+    library.impl(_name, getattr(_function, "apply", _function), "Autograd")
 for _name in IMPLEMENTATIONS:
     if _name.endswith(("_grad", "_backward", "_statistics")):
         library.impl(_name, _once(_name), "Autograd")

@@ -99,19 +99,18 @@ class _Generated(NamedTuple):
 
     versions: list
     fingerprint: tuple[int, ...]
-    programs: _native.Programs
+    programs: _native.Programs | None  # None: there are to be none
 
 
 _generated: ByTensor[_Generated] = ByTensor()  # of a pattern's first tensor
-_plain: ByTensor[bool] = ByTensor()  # first tensors of patterns that no kernels are generated for
 
 
 def programs(pattern: list[Tensor]) -> _native.Programs | None:
     """Where the generated kernels of a pattern are kept, as long as its tensors live and are what they were."""
     first = pattern[0]
-    if _plain.get(first):
-        return None
     known = _generated.get(first)
+    if known is not None and known.programs is None:
+        return None
     try:
         versions = [t._version for t in pattern] + [t.data_ptr() for t in pattern]
     except RuntimeError:  # an inference tensor counts none
@@ -129,7 +128,7 @@ def programs(pattern: list[Tensor]) -> _native.Programs | None:
 
 def compute_plainly(pattern: list[Tensor]) -> None:
     """Generates no kernels for a pattern, which is not used often enough to be worth them."""
-    _plain.keep(pattern[0], True)
+    _generated.keep(pattern[0], _Generated([], (), None))
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -303,7 +302,7 @@ def batch_norm_statistics(x) -> tuple[Tensor, Tensor] | None:
 def batch_norm_backward(
     grad, x, weight, bias, mean, rstd, residual, output, activation: int, training: bool
 ) -> tuple | None:
-    """Gradients of x, weight and bias, and what comes in before the activation: an empty one where nothing was added."""
+    """Gradients of x, weight and bias, and what comes in before the activation: empty where nothing was added."""
     return _new(
         _native.batch_norm_backward, grad, x, weight, bias, mean, rstd, residual, output, activation, training,
         torch.get_num_threads(),

@@ -422,7 +422,8 @@ def _batch_norm(x, weight, bias, mean, variance, eps, residual=None, activation=
         y, mean, rstd, variance = reference.batch_norm(x, weight, bias, mean, variance, eps, residual, activation)
         return _batch_last(y), mean, rstd, variance
     x, residual = native.as_batch_last(x), None if residual is None else native.as_batch_last(residual)
-    return native.batch_norm(x, *map(_contiguous, (weight, bias, mean, variance)), eps, residual, activation)
+    weight, bias, mean, variance = map(_contiguous, (weight, bias, mean, variance))
+    return native.batch_norm(x, weight, bias, mean, variance, eps, residual, activation)
 
 
 def _batch_norm_statistics(x):
@@ -454,7 +455,8 @@ def _batch_norm_backward(grad, x, weight, bias, mean, rstd, residual, output, ac
         )
         return _batch_last(grad_x), grad_weight, grad_bias, _batch_last(grad_residual)
     grad, x, residual, output = (None if t is None else native.as_batch_last(t) for t in (grad, x, residual, output))
-    return native.batch_norm_backward(grad, x, *map(_contiguous, norm), residual, output, activation, training)
+    weight, bias, mean, rstd = map(_contiguous, norm)
+    return native.batch_norm_backward(grad, x, weight, bias, mean, rstd, residual, output, activation, training)
 
 
 def _residual_shape(x, residual, output):
@@ -508,15 +510,16 @@ def _norm_max_pool2d_backward(
     check_same_shape("the gradient", grad, (*x.shape[:2], len(rows), len(columns)))
     check_same_shape("the choice", chosen, grad.shape)
     _check_norm(x, norm_weight, norm_bias, mean, rstd, activation)
-    norm = (*map(_contiguous, (norm_weight, norm_bias, mean, rstd)), activation)
-    if native_reason(grad, x, weights=norm[:4]) or grad.numel() == 0 or chosen.dtype != torch.uint8:
+    norm = (norm_weight, norm_bias, mean, rstd)
+    if native_reason(grad, x, weights=norm) or grad.numel() == 0 or chosen.dtype != torch.uint8:
         through = reference.max_pool2d_backward(grad, chosen, rows, columns, kernel, dilation, x.shape)
         grad_x, grad_weight, grad_bias, _ = reference.batch_norm_backward(
-            through, x, *norm[:4], None, None, activation, training
+            through, x, *norm, None, None, activation, training
         )
         return _batch_last(grad_x), grad_weight, grad_bias
     axes = native.max_axes(x.shape, rows, columns, kernel, dilation)
     grad, chosen, x = native.as_batch_last(grad), _batch_last(chosen), native.as_batch_last(x)
+    norm = (*map(_contiguous, norm), activation)
     return native.norm_max_pool_backward(grad, chosen, x, norm, training, axes)
 
 

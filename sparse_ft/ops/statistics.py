@@ -43,28 +43,24 @@ def moments_of(y: Tensor) -> tuple[Tensor, Tensor] | None:
     return moments.mean, moments.variance
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether the native core takes these, and nobody watches."""
-    if torch.compiler.is_compiling() or transformed():
+def _unwatched(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors, and nobody watches."""
+    if torch.compiler.is_compiling() or transformed() or not _native.are_plain(*tensors):
         return False
-    for tensor in tensors:
-        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
-            return False
-        if tensor.is_inference() or type(tensor) is not Tensor:
-            return False
-    return True
+    return not any(tensor.is_inference() for tensor in tensors)
 
 
 def reciprocal_deviation(variance: Tensor, eps: float) -> Tensor:
     """1 / sqrt(variance + eps), in the native norm's steps and so to its last bit, whoever computes the norm."""
-    if _plain(variance):
-        return _native.reciprocal_deviation(variance, eps)
+    rstd = _native.reciprocal_deviation(variance, eps) if _unwatched(variance) else None
+    if rstd is not None:
+        return rstd
     return (variance.double() + ctypes.c_float(eps).value).sqrt_().reciprocal_().to(variance.dtype)
 
 
 def update_running(running: Tensor, measured: Tensor, momentum: float, correction: float = 1.0) -> None:
     """Moves `running` towards `measured * correction` by the share `momentum`, in place."""
-    if _plain(running, measured) and _native.update_running(running, measured, momentum, correction):
+    if _unwatched(running, measured) and _native.update_running(running, measured, momentum, correction):
         torch.autograd.graph.increment_version(running)
     else:
         running.lerp_(measured if correction == 1.0 else measured * correction, momentum)

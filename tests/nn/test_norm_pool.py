@@ -13,7 +13,7 @@ from sparse_ft.nn import pooling
 
 
 class Stem(nn.Module):
-    """conv, norm, activation, pooling, conv, norm, as ResNets begin; `seen` is what else is done with the activation."""
+    """conv, norm, activation, pooling, conv, norm, as ResNets begin; `seen` is what else reads the activation."""
 
     def __init__(self, activation=F.relu, seen=None):
         super().__init__()

@@ -115,9 +115,7 @@ def test_the_result_depends_on_the_thread_count_alone():
     torch.set_num_threads(3)
     weight, x, grad = _sparse((200, 300), 0.1), torch.randn(700, 300), torch.randn(700, 200)
     pattern, values = ops.SparsePattern.build(weight)
-    first, again = (
-        native.linear_weight_grad(grad, x, pattern.tensors, 300, 200) for _ in range(2)
-    )
+    first, again = (native.linear_weight_grad(grad, x, pattern.tensors, 300, 200) for _ in range(2))
     assert torch.equal(first, again)
 
 

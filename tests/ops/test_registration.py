@@ -152,7 +152,8 @@ NAMES = [
     "linear", "linear_input_grad", "linear_weight_grad", "linear_weight_bias_grad", "conv2d", "conv2d_input_grad",
     "conv2d_weight_grad", "norm_conv2d", "norm_conv2d_weight_grad", "norm_depthwise", "norm_depthwise_backward",
     "conv2d_norm", "batch_norm", "batch_norm_statistics", "batch_norm_backward",
-    "max_pool2d", "max_pool2d_backward", "norm_max_pool2d", "norm_max_pool2d_backward", "avg_pool2d", "avg_pool2d_backward", "to_layout",
+    "max_pool2d", "max_pool2d_backward", "norm_max_pool2d", "norm_max_pool2d_backward", "avg_pool2d",
+    "avg_pool2d_backward", "to_layout",
     "dropout",
 ]  # fmt: skip
 
