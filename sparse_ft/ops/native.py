@@ -107,6 +107,8 @@ _generated: ByTensor[_Generated] = ByTensor()  # of a pattern's first tensor
 
 def programs(pattern: list[Tensor]) -> _native.Programs | None:
     """Where the generated kernels of a pattern are kept, as long as its tensors live and are what they were."""
+    if not pattern:
+        return None  # malformed: whoever computes with it says so
     first = pattern[0]
     known = _generated.get(first)
     if known is not None and known.programs is None:
@@ -117,7 +119,7 @@ def programs(pattern: list[Tensor]) -> _native.Programs | None:
         versions = []
     if known is None or known.versions != versions or not versions:
         if any(t.dtype is not torch.int32 or not t.is_cpu or not t.is_contiguous() for t in pattern):
-            return None  # malformed: whoever computes with it says so
+            return None  # as malformed
         fingerprint = tuple(_native.fingerprint(t.data_ptr(), t.numel()) for t in pattern)
         # Written, but with the same numbers?
         kept = known.programs if known is not None and known.fingerprint == fingerprint else _native.Programs()

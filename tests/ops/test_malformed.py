@@ -110,6 +110,7 @@ def test_index_of_another_size_or_type(which, change):
 def test_other_arguments_that_do_not_fit():
     pattern, values = _pattern()
     for call in (
+        lambda: _forward([], values),
         lambda: _forward(pattern[:4], values),
         lambda: _forward(pattern, values[:-1]),
         lambda: _forward(pattern, values, bias=torch.zeros(5)),
