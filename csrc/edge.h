@@ -24,6 +24,12 @@ void run(const char* (*kernel)(const Task&), const Task& task) {
     raise(problem);
 }
 
+template <class Task>
+void run(void (*kernel)(const Task&), const Task& task) {
+    pybind11::gil_scoped_release release;
+    kernel(task);
+}
+
 // `most`, or fewer where there is little to do: a parallel region costs some microseconds, more on a busy machine, so
 // that a thread is worth having for this many operations.
 inline int threads_for(int64_t operations, int most) {

@@ -73,10 +73,7 @@ py::object batch_norm(py::handle x, py::handle weight, py::handle bias, py::hand
     }
     q.eps = eps;
     q.y = y.data;
-    {
-        py::gil_scoped_release release;
-        active_kernels().norm_forward(q);
-    }
+    run(active_kernels().norm_forward, q);
     return py::make_tuple(y.object, mean.object, rstd.object, variance.object);
 }
 
@@ -91,10 +88,7 @@ py::object batch_norm_statistics(py::handle x, int threads) {
     q.rstd = static_cast<float*>(rstd.data);
     q.variance = static_cast<float*>(variance.data);
     q.measure = true;
-    {
-        py::gil_scoped_release release;
-        active_kernels().norm_forward(q);
-    }
+    run(active_kernels().norm_forward, q);
     return py::make_tuple(mean.object, variance.object);
 }
 
@@ -122,10 +116,7 @@ py::object batch_norm_backward(py::handle grad, py::handle x, py::handle weight,
     q.grad_residual = added ? grad_residual.data : nullptr;
     q.grad_weight = static_cast<float*>(grad_weight.data);
     q.grad_bias = static_cast<float*>(grad_bias.data);
-    {
-        py::gil_scoped_release release;
-        active_kernels().norm_backward(q);
-    }
+    run(active_kernels().norm_backward, q);
     return py::make_tuple(grad_x.object, grad_weight.object, grad_bias.object, grad_residual.object);
 }
 
@@ -235,10 +226,7 @@ py::object norm_max_pool(py::handle x, const py::tuple& norm, const PoolAxis& ro
     const NormPool block{q,
                          {before.arguments.x.size(0), q.channels, q.element, rows.windows, columns.windows, nullptr,
                           y.data, chosen.data<uint8_t>(), nullptr, nullptr, q.threads}};
-    {
-        py::gil_scoped_release release;
-        active_kernels().norm_pool_forward(block);
-    }
+    run(active_kernels().norm_pool_forward, block);
     return y.object;
 }
 
@@ -257,10 +245,7 @@ py::object norm_max_pool_backward(py::handle grad_, py::handle chosen_, py::hand
     const NormPool block{q,
                          {before.arguments.x.size(0), q.channels, q.element, rows.windows, columns.windows, nullptr,
                           nullptr, chosen.data<uint8_t>(), grad.data<const void>(), nullptr, q.threads}};
-    {
-        py::gil_scoped_release release;
-        active_kernels().norm_pool_backward(block);
-    }
+    run(active_kernels().norm_pool_backward, block);
     return py::make_tuple(grad_x.object, before.grad_weight.object, before.grad_bias.object);
 }
 
