@@ -19,12 +19,6 @@ namespace py = pybind11;
 namespace sparse_ft {
 namespace {
 
-// Memory of the caller's, or new.
-struct Result {
-    py::object object;
-    void* data = nullptr;
-};
-
 // A norm that a source goes through on its way in. As Python holds it: mean, 1 / standard deviation, weight and bias
 // (which may be None), and the activation; or None.
 class Entrance {
@@ -68,9 +62,7 @@ class Exit {
         const int64_t rows = sizes[1];
         fits = is_activation(activation);
         for (const Tensor* t : {&mean, &variance, &weight, &bias}) fits = fits && (!t->given() || t->is_floats(rows));
-        if (residual.given()) {
-            fits = fits && is_image_of(residual, element, sizes.data());
-        }
+        fits = fits && (!residual.given() || is_image_of(residual, element, sizes.data()));
         if (!fits) return;
         const float eps = given[4].cast<float>();
         scale.assign(size_t(rows), 1.0f);
@@ -95,25 +87,24 @@ class Exit {
 
 bool is_empty(const int64_t* sizes) { return sizes[0] == 0 || sizes[1] == 0 || sizes[2] == 0 || sizes[3] == 0; }
 
-// Batch-last memory of these sizes: `out`, or new.
-std::optional<Result> image(py::handle out, Element element, const int64_t* sizes) {
-    if (out.is_none()) {
-        NewTensor made = new_batch_last(element, sizes);
-        return Result{std::move(made.object), made.data};
-    }
+// The caller's tensor `out`, if it fits, or without one what `make` gives.
+template <class Fits, class Make>
+std::optional<NewTensor> given_or_new(py::handle out, Fits fits, Make make) {
+    if (out.is_none()) return make();
     const Tensor given(out);
-    if (!is_image_of(given, element, sizes)) return std::nullopt;
-    return Result{py::reinterpret_borrow<py::object>(out), given.data<void>()};
+    if (!fits(given)) return std::nullopt;
+    return NewTensor{py::reinterpret_borrow<py::object>(out), given.data<void>()};
 }
 
-std::optional<Result> floats(py::handle out, int64_t count) {
-    if (out.is_none()) {
-        NewTensor made = new_floats(count);
-        return Result{std::move(made.object), made.data};
-    }
-    const Tensor given(out);
-    if (!given.is_floats(count)) return std::nullopt;
-    return Result{py::reinterpret_borrow<py::object>(out), given.data<void>()};
+std::optional<NewTensor> image(py::handle out, Element element, const int64_t* sizes) {
+    return given_or_new(
+        out, [&](const Tensor& given) { return is_image_of(given, element, sizes); },
+        [&] { return new_batch_last(element, sizes); });
+}
+
+std::optional<NewTensor> floats(py::handle out, int64_t count) {
+    return given_or_new(
+        out, [&](const Tensor& given) { return given.is_floats(count); }, [&] { return new_floats(count); });
 }
 
 // To `measure`, (y, mean, biased variance): the last two None where the kernel does not take them on the way.
@@ -127,7 +118,7 @@ py::object conv2d(const Convolution& c, py::handle x_, py::handle values, py::ha
     const Entrance entrance(norm, x.size(1));
     const Exit exit(result, x.element(), *sizes);
     if (!entrance.fits || !exit.fits) return py::none();
-    const std::optional<Result> y = image(out, x.element(), sizes->data());
+    const std::optional<NewTensor> y = image(out, x.element(), sizes->data());
     if (!y) return py::none();
 
     const bool flat = is_flat(c);
@@ -163,7 +154,7 @@ py::object conv2d_input_grad(const Convolution& c, py::handle grad_, py::handle 
     if (!is_image(grad) || !weight.fits || !weight.valued || !expected || is_empty(sizes.data()) ||
         !std::equal(expected->begin(), expected->end(), grad.sizes()))
         return py::none();
-    const std::optional<Result> grad_x = image(out, grad.element(), sizes.data());
+    const std::optional<NewTensor> grad_x = image(out, grad.element(), sizes.data());
     if (!grad_x) return py::none();
 
     const bool flat = is_flat(c);
@@ -185,7 +176,7 @@ py::object conv2d_weight_grad(const Convolution& c, py::handle grad_, py::handle
     if (!sizes || !is_image_of(grad, x.element(), sizes->data())) return py::none();
     const Entrance entrance(norm, x.size(1));
     if (!entrance.fits) return py::none();
-    const std::optional<Result> value_grad = floats(out, weight.nnz);
+    const std::optional<NewTensor> value_grad = floats(out, weight.nnz);
     if (!value_grad) return py::none();
 
     const bool flat = is_flat(c);

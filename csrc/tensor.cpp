@@ -34,14 +34,16 @@ void find_exchange() {
     const py::module_ torch = py::module_::import("torch");
     const py::object tensor = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
     if (!py::hasattr(tensor, "__dlpack_c_exchange_api__"))
-        throw py::import_error("sparse_ft needs torch 2.10 or newer, which hands tensors over to C (DLPack 1.3)");
+        throw py::import_error("sparse_ft needs torch 2.10 or newer (pip install --upgrade 'torch>=2.10')");
     const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
     exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (exchange == nullptr) throw py::error_already_set();
     tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
     parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
     if (exchange->version.major != 1 || exchange->view == nullptr || exchange->import_tensor == nullptr)
-        throw py::import_error("this torch hands tensors over in a way that sparse_ft does not know");
+        throw py::import_error(
+            "this torch hands tensors over in a way that this sparse_ft does not know (DLPack 2 or later): upgrade "
+            "sparse_ft, or install an older torch");
 }
 
 bool are_plain(const py::args& args) {

@@ -1,6 +1,7 @@
 // torch's tensors at the Python edge, without torch's headers: read and made by DLPack's C exchange interface
-// (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.3; torch 2.10 and later), which takes some 50 ns a
-// tensor. Asking Python for address, sizes and strides took longer than a small layer's arithmetic.
+// (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.3; torch 2.10 and later). Reading one takes 20 ns;
+// asking Python for address, sizes, strides, type and device 0.8 us, which for all of a layer's was more than a small
+// one's arithmetic.
 #pragma once
 #include <pybind11/pybind11.h>
 
