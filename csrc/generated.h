@@ -55,7 +55,8 @@ inline TileLimits generated_limits(const Product& q) {
         const int64_t vectors = even_vectors(q, std::clamp<int64_t>(bytes / vector_bytes, 4, kRunVectors));
         return {vectors * kLanes, vectors * kLanes, 1, bytes, false, 0, true};
     }
-    return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, bytes, true, 0, true};
+    // A chunk of a gather product reads the same lines of all channels, one position after another.
+    return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, bytes, true, 0, true, !q.value_grad};
 }
 
 inline void pack(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel) {

@@ -267,6 +267,10 @@ class GeneratedGather {
         const View& d = q.dest;
 
         const bool follow = tile.cols == 1 || (d.x * g.dest_step_x == t.lanes && tile.lanes == t.lanes);
+        // Taps read what their neighbours have read. It is still in the first-level cache if a position's vectors do
+        // not follow one another, but those of the same samples at neighbouring positions.
+        const bool shared = g.taps_w > 1 && tile.cols > 1 && d.n == 1 && follow && t.lanes % kLanes == 0;
+        const int64_t groups = shared ? t.lanes / kLanes : 1;
         // A chunk's rows are staged and then written one after another: 28 interleaved streams of stores to as
         // many pages take twice the time. Sums of a reduction in blocks wait there for the next block.
         const int64_t stage_rows = t.blocks > 1 ? rows : kBandRows;
@@ -290,21 +294,23 @@ class GeneratedGather {
                 const uint8_t* next = program.code->entry<const uint8_t*>(program.chunks[size_t(follower)].entry);
                 const auto compute_slice = [&](const Slice& slice) {
                     for (int64_t r = 0; r < slice.rows; ++r)
-                        code(panel + (slice.row + r) * t.row_stride + slice.vector * run.step,
-                             values + first_value[plane] + chunk.value, to + r * slice.vectors * kLanes, slice.vectors,
-                             run.step * 4, stage_vector * 4, stage_row * 4, bias, next);
+                        for (int64_t i = 0; i < slice.groups; ++i)
+                            code(panel + (slice.row + r) * t.row_stride + (slice.first() + i) * run.step,
+                                 values + first_value[plane] + chunk.value, to + (r * slice.vectors() + i) * kLanes,
+                                 slice.columns, groups * run.step * 4, slice.groups * stage_vector * 4, stage_row * 4,
+                                 bias, next);
                 };
                 const int64_t stop = chunk.row + chunk.rows, band = (stop - 1) / kBandRows * kBandRows;
                 moments.begin();
                 if (d.n == 1 && chunk.begins && chunk.ends) {
-                    for_each_slice(tile, run, follow, chunk.rows, [&](const Slice& slice) {
+                    for_each_slice(tile, run.vectors / groups, groups, follow, chunk.rows, [&](const Slice& slice) {
                         compute_slice(slice);
                         scatter_rows(p, t, tile, run, follow, slice, chunk.row, stop, to, stage_row, moments);
                     });
                     if (measuring) keep_moments(moments, chunk, tile, number);
                     continue;
                 }
-                const Slice whole{0, tile.rows, 0, run.vectors};
+                const Slice whole{0, tile.rows, 0, run.vectors / groups, 0, groups, groups};
                 compute_slice(whole);
                 if (!chunk.ends) continue;
                 if (d.n == 1) {
@@ -318,20 +324,27 @@ class GeneratedGather {
         });
     }
 
-    // A part of a tile: `rows` rows of positions from `row` on, of each of them `vectors` vectors from `vector` on.
+    // A part of a tile: `rows` rows of positions from `row` on, of each of them `columns` from `column` on, and of
+    // these `groups` of samples, each a vector, from `group` on, of `all` that there are.
     struct Slice {
-        int64_t row, rows, vector, vectors;
+        int64_t row, rows, column, columns, group, groups, all;
+        int64_t vectors() const { return columns * groups; }
+        int64_t first() const { return column * all + group; }  // vector of a row
     };
 
     // Slices whose results wait in the first-level cache until they are written.
     template <class Body>
-    static void for_each_slice(const Tile& tile, const Run& run, bool follow, int64_t chunk_rows, Body body) {
+    static void for_each_slice(const Tile& tile, int64_t columns, int64_t groups, bool follow, int64_t chunk_rows,
+                               Body body) {
         const int64_t fit = std::max<int64_t>(kSliceBytes / (kLanes * 4 * chunk_rows), 1);
-        const int64_t parts = follow ? (run.vectors + fit - 1) / fit : 1, widest = (run.vectors + parts - 1) / parts;
-        const int64_t rows = std::clamp<int64_t>(fit / widest, 1, tile.rows);
+        const int64_t parts = follow ? (columns + fit - 1) / fit : 1, widest = (columns + parts - 1) / parts;
+        const int64_t deepest = std::clamp<int64_t>(fit / widest, 1, groups);
+        const int64_t rows = deepest < groups ? 1 : std::clamp<int64_t>(fit / (widest * groups), 1, tile.rows);
         for (int64_t r = 0; r < tile.rows; r += rows)
-            for (int64_t v = 0; v < run.vectors; v += widest)
-                body(Slice{r, std::min(rows, tile.rows - r), v, std::min(widest, run.vectors - v)});
+            for (int64_t i = 0; i < groups; i += deepest)
+                for (int64_t c = 0; c < columns; c += widest)
+                    body(Slice{r, std::min(rows, tile.rows - r), c, std::min(widest, columns - c), i,
+                               std::min(deepest, groups - i), groups});
     }
 
     // `follow`: whether the positions of a row lie one after another in the destination.
@@ -348,9 +361,13 @@ class GeneratedGather {
                          TileMoments<kGatherRows>& moments) const {
         const View& d = q.dest;
         T* to = static_cast<T*>(d.data);
-        const int64_t column = d.x * g.dest_step_x, pieces = follow ? 1 : tile.cols;
-        const int64_t first = slice.vector * kLanes;
-        const int64_t length = follow ? std::min(run.floats - first, slice.vectors * kLanes) : tile.lanes;
+        const int64_t column = d.x * g.dest_step_x, first = slice.first() * kLanes;
+        const bool apart = slice.groups < slice.all;  // the columns, of some of the samples
+        const int64_t pieces = apart ? slice.columns : follow ? 1 : tile.cols;
+        const int64_t staged = apart ? slice.groups * kLanes : t.lanes;  // of one piece
+        const int64_t length = apart    ? staged
+                               : follow ? std::min(run.floats - first, slice.vectors() * kLanes)
+                                        : tile.lanes;
         const int64_t ahead = rows_ahead(length * pieces * slice.rows * int64_t(sizeof(float)));
         with_result<T>(q, [&](auto result) {
             for (int slot = 0; row < end; ++row, ++slot, from += row_step)
@@ -358,7 +375,7 @@ class GeneratedGather {
                     for (int64_t c = 0; c < pieces; ++c) {
                         const int64_t at = row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
                                            p.dest_x * d.x + (tile.x + c) * column + tile.n + first;
-                        float* run_of_results = from + r * slice.vectors * kLanes + c * t.lanes;
+                        float* run_of_results = from + r * slice.vectors() * kLanes + c * staged;
                         if (row + ahead < end) result.fetch(at + ahead * d.c, length);
                         result.finish(row, run_of_results, at, length);
                         if (measuring) moments.add<T>(slot, run_of_results, length);

@@ -76,6 +76,7 @@ struct TileLimits {
     bool square = false;  // as few columns as make the least halo, rather than as many as `run` allows
     int64_t vector = 0;   // a lone position's samples in interleaved groups of so many: [group][channel][sample]
     bool drop = false;    // taps that read nothing but padding get no place in the panel
+    bool odd = false;     // channels lie an odd number of cache lines apart, and so spread over all sets of a cache
 };
 
 struct Tiling {
@@ -102,6 +103,8 @@ struct Tiling {
         column_stride = lanes;
         row_stride = std::max<int64_t>(x.phase_count(), 1) * panel_cols * lanes;
         channel_stride = std::max<int64_t>(y.phase_count(), 1) * panel_rows * row_stride;
+        constexpr int64_t kLine = 64 / sizeof(float);
+        if (limits.odd && channel_stride % (2 * kLine) == 0) channel_stride += kLine;
         if (channel_stride > kMaxChannelFloats)
             throw std::length_error(
                 "dilation times kernel size is too large: one channel of a tile takes over a gigabyte");
