@@ -18,8 +18,8 @@ class Depthwise {
           g(product.geometry),
           bypass(!q.value_grad && result_bytes(q) > kBypassBytes),
           rows(product, bypass),
-          whole(std::is_same_v<T, float> && !q.value_grad && q.plane_count == 1 && g.batch % kLanes != 0 &&
-                g.dest_step_y == 1 && g.dest_step_x == 1 && find_frame(q.planes[0])) {}
+          whole(!q.value_grad && q.plane_count == 1 && g.batch % kLanes != 0 && g.dest_step_y == 1 &&
+                g.dest_step_x == 1 && find_frame(q.planes[0])) {}
 
     const char* run() {
         // The planes' rows follow one another.
@@ -35,12 +35,10 @@ class Depthwise {
             if (problem.load() == nullptr) {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t channel = 0; channel < g.groups; ++channel) {
-                    if constexpr (std::is_same_v<T, float>)
-                        if (whole) {
-                            compute_whole(channel);
-                            continue;
-                        }
-                    for (int64_t i = 0; i < q.plane_count; ++i) compute(i, channel);
+                    if (whole)
+                        compute_whole(channel);
+                    else
+                        for (int64_t i = 0; i < q.plane_count; ++i) compute(i, channel);
                 }
                 if (bypass) finish_stores_around();
             }
@@ -120,14 +118,14 @@ class Depthwise {
         }
         const int64_t floats = frame_floats();
         float* framed = frame_scratch.floats(size_t(floats + kTogether * kLanes));
-        fill_frame(static_cast<const float*>(q.source.data) + channel * q.source.c, framed, floats);
+        fill_frame(static_cast<const T*>(q.source.data) + channel * q.source.c, framed, floats);
 
         const View& d = q.dest;
         const float bias = q.bias ? q.bias[channel] : 0.0f;
         const int64_t rows = std::clamp<int64_t>(kStageFloats / pitch, 1, p.height);
         float* stage = stage_scratch.floats(size_t(rows * pitch + kTogether * kLanes));
         const int64_t pieces = d.x == n ? 1 : p.width, length = p.width * n / pieces;
-        with_result<float>(q, [&](auto result) {
+        with_result<T>(q, [&](auto result) {
             for (int64_t y = 0; y < p.height; y += rows) {
                 const int64_t end = std::min(y + rows, p.height), run = (end - y - 1) * pitch + p.width * n;
                 for (int64_t i = 0; i < run; i += kTogether * kLanes)
@@ -137,13 +135,13 @@ class Depthwise {
                         const int64_t at = channel * d.c + (p.dest_y + r) * d.y + (p.dest_x + i) * d.x;
                         float* results = stage + (r - y) * pitch + i * length;
                         result.finish(channel, results, at, length);
-                        write_run(static_cast<float*>(d.data) + at, results, length, bypass);
+                        write_run(static_cast<T*>(d.data) + at, results, length, bypass);
                     }
             }
         });
     }
 
-    void fill_frame(const float* from, float* framed, int64_t floats) const {
+    void fill_frame(const T* from, float* framed, int64_t floats) const {
         const int64_t n = g.batch;
         std::memset(framed, 0, size_t(floats) * sizeof(float));
         const auto inside = [](int64_t first, int64_t size, int64_t source) {  // of the frame's positions
@@ -155,8 +153,7 @@ class Depthwise {
             const int64_t count = (right - phase + g.step_x - 1) / g.step_x, step = g.step_x * q.source.x;
             for (int64_t phase_y = top; phase_y < std::min(top + g.step_y, bottom); ++phase_y) {
                 float* to = framed + place(phase_y, phase);
-                const float* row =
-                    from + (frame.first_x + phase) * q.source.x + (frame.first_y + phase_y) * q.source.y;
+                const T* row = from + (frame.first_x + phase) * q.source.x + (frame.first_y + phase_y) * q.source.y;
                 for (int64_t y = phase_y; y < bottom; y += g.step_y) {
                     if (step == n)
                         AsTheyAre().run(row, to, count * n);
