@@ -16,6 +16,8 @@ from sparse_ft.steps import inference_step, make_optimizer, to_channels_last, tr
 from sparse_ft.tables import format_table
 from sparse_ft.tune import interleaved_medians
 
+TURN_S = 0.2  # seconds that a variant runs before it is another's turn
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -112,7 +114,7 @@ def compare_steps(
         model: a model with sparse layers; on the way it is copied several times.
         batch: what its forward takes: a tensor, a sequence, or a dict of keyword arguments (with labels, the
             model's own loss is used).
-        steps: timed steps of each variant.
+        steps: turns of each variant; of short steps a turn is several.
         optimizer: "sgd" (momentum) or "adamw".
         dense: the opponent; None takes the same weights in dense form.
         bf16: time the dense model under autocast to bfloat16, too, and ours where it can.
@@ -145,7 +147,8 @@ def compare_inference(
 def _compare(runs: dict[str, Callable[[], None]], steps: int) -> StepComparison:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    milliseconds = {name: seconds * 1e3 for name, seconds in interleaved_medians(runs, rounds=steps).items()}
+    times = interleaved_medians(runs, rounds=steps, turn_s=TURN_S)
+    milliseconds = {name: seconds * 1e3 for name, seconds in times.items()}
     return StepComparison(
         dense_ms=min(ms for name, ms in milliseconds.items() if name.startswith("dense") and "bf16" not in name),
         sparse_ms=milliseconds["sparse"],

@@ -85,16 +85,30 @@ def _clear(pairs: list[tuple[float, float]]) -> bool:
     return evidence >= 1.0 and (all(x < 0 for x in logs) or all(x > 0 for x in logs))
 
 
-def interleaved_medians(variants: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each variant over `rounds` turns, after two runs each to warm up."""
+def interleaved_medians(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int, turn_s: float = 0.0
+) -> dict[str, float]:
+    """Median seconds of each variant over `rounds` turns, after two runs each to warm up.
+
+    Args:
+        turn_s: seconds that a turn lasts at least. Where that takes several runs, the first is not counted: it finds
+            the caches full of another variant's data, as it would not where it is used.
+    """
     for run in variants.values():
         run()
         run()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            times[name].append(_seconds(run))
+            times[name] += _turn(run, turn_s)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _turn(run: Callable[[], object], at_least_s: float) -> list[float]:
+    times = [_seconds(run)]
+    while sum(times) < at_least_s:
+        times.append(_seconds(run))
+    return times[1:] or times
 
 
 def _inference(layer: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:

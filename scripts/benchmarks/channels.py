@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_ft import SparseSession
+from sparse_ft.bench import TURN_S
 from sparse_ft.channels import SubNetwork, analyze_channels
 from sparse_ft.steps import loss_of, make_optimizer, to_channels_last, training_step
 from sparse_ft.tune import interleaved_medians
@@ -78,7 +79,10 @@ def measure(network: Network, settings: Settings) -> dict:
         for backward in ("one", "both"):
             # Masks of their own: shapes that another run has just had would find their generated code.
             runs[f"{backward} {keep:g}"] = sampled_step(copy.deepcopy(model), images, keep, backward, seed=len(runs))
-    milliseconds = {name: seconds * 1e3 for name, seconds in interleaved_medians(runs, rounds=settings.rounds).items()}
+    milliseconds = {
+        name: seconds * 1e3
+        for name, seconds in interleaved_medians(runs, rounds=settings.rounds, turn_s=TURN_S).items()
+    }
     return {
         "title": network.title,
         "workload": asdict(network),

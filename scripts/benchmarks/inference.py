@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparse_ft
-from sparse_ft.bench import variants
+from sparse_ft.bench import TURN_S, variants
 from sparse_ft.steps import inference_step
 from sparse_ft.tune import interleaved_medians
 
@@ -33,8 +33,7 @@ def measure(workload: Workload, settings: Settings) -> dict:
     report = sparse_ft.convert(model, images)
     runs = {v.name: inference_step(v.model, v.batch, bf16=v.bf16) for v in variants(model, images, bf16=True)}
     runs["onnxruntime"] = onnxruntime_step(dense, images, settings.threads)
-    rounds = settings.rounds if workload.batch > 1 else 10 * settings.rounds
-    medians = interleaved_medians(runs, rounds=rounds)
+    medians = interleaved_medians(runs, rounds=settings.rounds, turn_s=TURN_S)
     return {
         "title": workload.title,
         "native": len(report.converted),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft import SparseSession
+from sparse_ft.bench import TURN_S
 from sparse_ft.methods.swat.layers import SWATLayer, swat_layers
 from sparse_ft.steps import call, loss_of, make_optimizer, to_channels_last, training_step
 from sparse_ft.tune import interleaved_medians
@@ -43,7 +44,7 @@ def measure(workload: Workload, settings: Settings) -> dict:
         for _ in range(PERIOD):
             step()
 
-    seconds = interleaved_medians({"swat": period, **opponents}, rounds=settings.rounds)
+    seconds = interleaved_medians({"swat": period, **opponents}, rounds=settings.rounds, turn_s=TURN_S)
     steps_ms = [round(1e3 * each, 2) for each in times["step"][-PERIOD:]]
     layers = swat_layers(model)
     return {

@@ -25,7 +25,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=options.positive, default=32, help="examples in a step")
     parser.add_argument("--image-size", type=options.positive, help="side length in pixels instead of the model's")
     parser.add_argument("--seq-len", type=options.positive, help="tokens in a text, 128 if not given")
-    parser.add_argument("--steps", type=options.positive, default=5, help="timed steps of each form")
+    parser.add_argument(
+        "--steps", type=options.positive, default=5, help="turns of each form, of several short steps each"
+    )
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="optimizer of the step")
     parser.add_argument(
         "--policy", choices=("auto", "always"), default="auto", help="sparse layers: those measured faster, or all"
