@@ -87,6 +87,7 @@ PYBIND11_MODULE(_native, m) {
     });
     m.def("threads", &threads_for);
     m.def("are_plain", &are_plain);
+    m.def("state_of", &state_of);
 
     bind_products(m);
     bind_norms(m);

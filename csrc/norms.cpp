@@ -1,8 +1,10 @@
 // Batch norms at the Python edge: torch's tensors in, new ones out, or None where the core does not take the arguments
 // as they are (see products.cpp).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "dispatch.h"
 #include "edge.h"
@@ -260,15 +262,28 @@ py::object deviation(py::handle variance_, float eps) {
     return rstd.object;
 }
 
-// Moves `running` towards `measured` times `correction`, as torch.lerp: exact at both ends. Whether it could.
-bool update_running(py::handle running_, py::handle measured_, float momentum, float correction) {
-    const Tensor running(running_), measured(measured_);
-    if (!running.is_floats(running.count()) || !measured.is_floats(running.count())) return false;
+// Moves `running` towards `measured` times `correction`, as torch.lerp: exact at both ends.
+void move_towards(const Tensor& running, const Tensor& measured, float correction, float share) {
     for (int64_t c = 0; c < running.count(); ++c) {
         float& value = running.data<float>()[c];
         const float goal = measured.data<float>()[c] * correction, way = goal - value;
-        value = momentum < 0.5f ? value + momentum * way : goal - way * (1 - momentum);
+        value = share < 0.5f ? value + share * way : goal - way * (1 - share);
     }
+}
+
+// One more batch in a norm's running statistics; without a momentum they are averages over all. Whether it could.
+bool update_running(py::handle batches_, py::handle running_mean_, py::handle running_variance_, py::handle mean_,
+                    py::handle variance_, std::optional<double> momentum, float correction) {
+    const Tensor batches(batches_), running_mean(running_mean_), running_variance(running_variance_);
+    const Tensor mean(mean_), variance(variance_);
+    const int64_t channels = mean.count();
+    for (const Tensor* each : {&running_mean, &running_variance, &mean, &variance})
+        if (!each->is_floats(channels)) return false;
+    if (!batches.is_count()) return false;
+    const int64_t number = ++*batches.data<int64_t>();
+    const float share = float(momentum ? *momentum : 1.0 / double(number));
+    move_towards(running_mean, mean, 1.0f, share);
+    move_towards(running_variance, variance, correction, share);
     return true;
 }
 

@@ -19,6 +19,9 @@ void find_exchange();
 // it.
 bool are_plain(const pybind11::args& args);
 
+// Versions and addresses of tensors, to see whether they were written to; None where one counts no versions.
+pybind11::object state_of(const pybind11::sequence& tensors);
+
 // A tensor's memory as its owner describes it. It is not kept alive by this: for the length of a call.
 class Tensor {
   public:
@@ -47,6 +50,7 @@ class Tensor {
     bool is_floats(int64_t count) const { return is_row(kFloat, count); }
     bool is_indices(int64_t count) const { return is_row(kInt, count); }
     bool is_bytes() const { return readable() && code_ == kUnsigned && bits_ == 8; }
+    bool is_count() const { return readable() && code_ == kInt && bits_ == 64 && count_ == 1; }  // one int64
 
   private:
     enum : uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4 };  // as DLPack numbers them

@@ -101,12 +101,8 @@ def _update_statistics(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: 
     running_mean, running_var, batches = map(norm._buffers.get, ("running_mean", "running_var", "num_batches_tracked"))
     if running_mean is None or running_var is None or batches is None:
         return
-    batches.add_(1)
-    momentum = 1.0 / float(batches) if norm.momentum is None else norm.momentum
     n, _, h, w = x.shape
-    count = n * h * w
-    update_running(running_mean, mean, momentum)
-    update_running(running_var, variance, momentum, count / (count - 1))
+    update_running(batches, (running_mean, running_var), (mean, variance), norm.momentum, n * h * w)
 
 
 @adapts("torch.nn", "BatchNorm2d")

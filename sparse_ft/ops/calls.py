@@ -62,9 +62,10 @@ def caller(name: str, differentiable: Callable | None = None) -> Callable[..., A
     operator, count = _operator(name)
     compute = _implementations[name]
     if isinstance(differentiable, type) and issubclass(differentiable, torch.autograd.Function):
-        # What was seen to be plain here need not be looked at again.
+        # What was seen to be plain here need not be looked at again, by the operator or by the class's own `apply`,
+        # which asks for transforms.
         kind: Any = type(differentiable.__name__, (differentiable,), {"compute": staticmethod(compute)})
-        differentiable = kind.apply
+        differentiable = super(torch.autograd.Function, kind).apply
 
     def call(*args):
         if torch.compiler.is_compiling() or not _unwatched(args):

@@ -97,7 +97,7 @@ def of_pattern(weight_shape, stride, padding, dilation, groups) -> _native.Convo
 class _Generated(NamedTuple):
     """A pattern's generated kernels, and how to see that it was written to in place."""
 
-    versions: list
+    state: bytes | None  # versions and addresses; None where there are none
     fingerprint: tuple[int, ...]
     programs: _native.Programs | None  # None: there are to be none
 
@@ -113,24 +113,21 @@ def programs(pattern: list[Tensor]) -> _native.Programs | None:
     known = _generated.get(first)
     if known is not None and known.programs is None:
         return None
-    try:
-        versions = [t._version for t in pattern] + [t.data_ptr() for t in pattern]
-    except RuntimeError:  # an inference tensor counts none
-        versions = []
-    if known is None or known.versions != versions or not versions:
+    state = _native.state_of(pattern)
+    if known is None or known.state != state or state is None:
         if any(t.dtype is not torch.int32 or not t.is_cpu or not t.is_contiguous() for t in pattern):
             return None  # as malformed
         fingerprint = tuple(_native.fingerprint(t.data_ptr(), t.numel()) for t in pattern)
         # Written, but with the same numbers?
         kept = known.programs if known is not None and known.fingerprint == fingerprint else _native.Programs()
-        known = _Generated(versions, fingerprint, kept)
+        known = _Generated(state, fingerprint, kept)
         _generated.keep(first, known)
     return known.programs
 
 
 def compute_plainly(pattern: list[Tensor]) -> None:
     """Generates no kernels for a pattern, which is not used often enough to be worth them."""
-    _generated.keep(pattern[0], _Generated([], (), None))
+    _generated.keep(pattern[0], _Generated(None, (), None))
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -58,9 +58,26 @@ def reciprocal_deviation(variance: Tensor, eps: float) -> Tensor:
     return (variance.double() + ctypes.c_float(eps).value).sqrt_().reciprocal_().to(variance.dtype)
 
 
-def update_running(running: Tensor, measured: Tensor, momentum: float, correction: float = 1.0) -> None:
-    """Moves `running` towards `measured * correction` by the share `momentum`, in place."""
-    if _unwatched(running, measured) and _native.update_running(running, measured, momentum, correction):
-        torch.autograd.graph.increment_version(running)
-    else:
-        running.lerp_(measured if correction == 1.0 else measured * correction, momentum)
+def update_running(
+    batches: Tensor,
+    running: tuple[Tensor, Tensor],
+    measured: tuple[Tensor, Tensor],
+    momentum: float | None,
+    count: int,
+) -> None:
+    """One more batch in a norm's running statistics, in place, as torch's own norm does it.
+
+    Args:
+        batches: int64, one number: how many there were.
+        running, measured: mean and variance of every channel; the measured one is biased.
+        momentum: the batch's share; None takes averages over all batches.
+        count: values of a channel.
+    """
+    tensors = batches, *running, *measured
+    if _unwatched(*tensors) and _native.update_running(*tensors, momentum, count / (count - 1)):
+        torch.autograd.graph.increment_version(tensors[:3])
+        return
+    batches.add_(1)
+    share = 1.0 / float(batches) if momentum is None else momentum
+    running[0].lerp_(measured[0], share)
+    running[1].lerp_(measured[1] * (count / (count - 1)), share)

@@ -17,27 +17,57 @@ def test_reciprocal_deviation(dtype, eps):
     assert torch.equal(reciprocal_deviation(variance, eps), want.to(dtype))
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("correction", [1.0, 128 / 127])
-def test_update_running(momentum, correction):
-    running, measured = torch.randn(37), torch.randn(37)
-    want = running.lerp(measured * correction, momentum)
-    version = running._version
-    update_running(running, measured, momentum, correction)
+def running_of(channels: int, dtype=torch.float32):
+    return torch.tensor(3), (torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 0.9, 1.0, None])
+@pytest.mark.parametrize("count", [2, 128])
+def test_update_running(momentum, count):
+    batches, running = running_of(37)
+    measured = torch.randn(37), torch.rand(37)
+    norm = torch.nn.BatchNorm1d(37, momentum=momentum)
+    share = 1 / 4 if momentum is None else momentum
+    want = running[0].lerp(measured[0], share), running[1].lerp(measured[1] * (count / (count - 1)), share)
+    versions = [tensor._version for tensor in (batches, *running)]
+    update_running(batches, running, measured, norm.momentum, count)
+    assert batches.item() == 4 and batches.dtype == torch.int64
     torch.testing.assert_close(running, want, rtol=1e-6, atol=1e-7)
-    assert running._version > version  # who has saved it for backward sees that it has changed
-    if momentum == 0.0 or (momentum == 1.0 and correction == 1.0):
-        assert torch.equal(running, want)
+    # Who has saved one for backward sees that it has changed.
+    assert all(tensor._version > before for tensor, before in zip((batches, *running), versions, strict=True))
+
+
+def test_shares_of_zero_and_one_are_exact():
+    batches, running = running_of(37)
+    before, measured = [each.clone() for each in running], (torch.randn(37), torch.rand(37))
+    update_running(batches, running, measured, 0.0, 128)
+    assert torch.equal(running[0], before[0]) and torch.equal(running[1], before[1])
+    update_running(batches, running, measured, 1.0, 128)
+    assert torch.equal(running[0], measured[0])
 
 
 @pytest.mark.parametrize(
-    "running", [torch.randn(9, dtype=torch.float64), torch.randn(18)[::2], torch.nn.Buffer(torch.randn(9))]
+    "mean", [torch.randn(9, dtype=torch.float64), torch.randn(18)[::2], torch.nn.Buffer(torch.randn(9))]
 )
-def test_what_the_core_does_not_take(running):
-    measured = torch.randn(9).to(running.dtype)
-    want = running.lerp(measured * 1.5, 0.1)
-    update_running(running, measured, 0.1, 1.5)
-    torch.testing.assert_close(running.data, want.data)
+def test_what_the_core_does_not_take(mean):
+    batches, variance = torch.tensor(0), torch.rand(9, dtype=mean.dtype)
+    measured = torch.randn(9).to(mean.dtype), torch.rand(9).to(mean.dtype)
+    want = mean.lerp(measured[0], 0.1), variance.lerp(measured[1] * 1.5, 0.1)
+    update_running(batches, (mean, variance), measured, 0.1, 3)
+    assert batches.item() == 1
+    torch.testing.assert_close(mean.data, want[0].data)
+    torch.testing.assert_close(variance, want[1])
+
+
+def test_statistics_follow_torchs_norm():
+    norm, x = torch.nn.BatchNorm2d(5, momentum=None), torch.randn(4, 3, 5, 2, 2)
+    batches, running = torch.tensor(0), (torch.zeros(5), torch.ones(5))
+    for batch in x:
+        norm(batch)
+        variance, mean = torch.var_mean(batch, (0, 2, 3), correction=0)
+        update_running(batches, running, (mean, variance), None, 12)
+    assert batches == norm.num_batches_tracked
+    torch.testing.assert_close(running, (norm.running_mean, norm.running_var))
 
 
 def test_a_mode_sees_the_operations():
@@ -48,6 +78,7 @@ def test_a_mode_sees_the_operations():
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
+    batches, running = running_of(3)
     with Watch():
-        update_running(torch.zeros(3), torch.ones(3), 0.1)
-    assert "aten.lerp_.Scalar" in seen
+        update_running(batches, running, (torch.ones(3), torch.ones(3)), 0.1, 4)
+    assert seen.count("aten.lerp_.Scalar") == 2 and "aten.add_.Tensor" in seen
