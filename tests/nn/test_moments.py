@@ -18,6 +18,7 @@ generated = pytest.mark.skipif(
 
 CASES = [  # in, out, kernel, stride, size, batch
     (16, 40, 3, 1, 9, 16),
+    (16, 40, 3, 1, 9, 64),  # in parts of the samples
     (24, 64, 3, 2, 14, 37),
     (64, 130, 1, 1, 7, 64),
     (40, 64, 1, 2, 8, 33),
