@@ -72,7 +72,7 @@ def test_linear(tokens, features, outputs, density, threads, dtype):
     [
         (16, 40, 60, (12, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.2),
         (32, 32, 32, (17, 17), (3, 3), (2, 2), (1, 1), (1, 1), 1, 0.2),
-        # Several vectors of samples, one after another at all positions of a row: whole rows, parts, blocks of channels.
+        # Several vectors of samples, each at all positions of a row in turn: whole rows, parts, blocks of channels.
         (64, 32, 60, (9, 10), (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.2),
         (32, 24, 40, (8, 3), (3, 3), (1, 1), (0, 1), (1, 1), 1, 0.2),
         (80, 40, 33, (11, 12), (3, 3), (2, 2), (1, 1), (1, 1), 1, 0.2),
