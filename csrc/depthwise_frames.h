@@ -26,7 +26,8 @@ class DepthwiseFrames {
           bypass(bypass_) {
         fit = fit && find_frame();
         if (!fit) return;
-        together = std::clamp<int64_t>(kStageFloats / frame_floats(), 1, 8);
+        const int64_t each = (g.groups + product.threads - 1) / product.threads;  // all threads have some
+        together = std::clamp<int64_t>(kStageFloats / frame_floats(), 1, std::min<int64_t>(each, 8));
         pitch = width * g.batch;
         rows = together > 1 ? p.height : std::clamp<int64_t>(kStageFloats / pitch, 1, p.height);
     }

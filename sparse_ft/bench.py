@@ -87,7 +87,7 @@ class StepComparison:
     def __str__(self) -> str:
         return (
             f"training step: dense {self.dense_ms:.1f} ms, sparse {self.sparse_ms:.1f} ms, "
-            f"{self.speedup:.2f} times as fast ({self.threads} threads, medians of {self.rounds})"
+            f"{self.speedup:.2f} times as fast ({self.threads} threads, medians of {self.rounds} turns)"
         )
 
 

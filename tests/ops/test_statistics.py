@@ -26,11 +26,10 @@ def running_of(channels: int, dtype=torch.float32):
 def test_update_running(momentum, count):
     batches, running = running_of(37)
     measured = torch.randn(37), torch.rand(37)
-    norm = torch.nn.BatchNorm1d(37, momentum=momentum)
     share = 1 / 4 if momentum is None else momentum
     want = running[0].lerp(measured[0], share), running[1].lerp(measured[1] * (count / (count - 1)), share)
     versions = [tensor._version for tensor in (batches, *running)]
-    update_running(batches, running, measured, norm.momentum, count)
+    update_running(batches, running, measured, momentum, count)
     assert batches.item() == 4 and batches.dtype == torch.int64
     torch.testing.assert_close(running, want, rtol=1e-6, atol=1e-7)
     # Who has saved one for backward sees that it has changed.
