@@ -40,22 +40,24 @@ void channel_backward(const Norm& q, int64_t c) {
     gradient.add(0, q.size, kKeeps ? kept : nullptr);
     gradient.finish();
     T* residual = kKeeps ? nullptr : to_residual;  // still to be written
+    const auto of = gradient.of_element();
     if (to == nullptr) {
         if (residual)
-            each_vector(q.size, [&](int64_t i, int count) { store(residual + i, gradient.before(i, count), count); });
+            each_vector(q.size, [=](int64_t i, int count) { store(residual + i, of.before(i, count), count); });
         return;
     }
     const auto second_pass = [&](auto slope) {
-        write_channel(q.size, bypasses(q, to) && bypasses(q, residual), [&](int64_t i, int count, auto put) {
-            const vec g = kKeeps ? load(kept + i, count) : gradient.before(i, count);
+        write_channel(q.size, bypasses(q, to) && bypasses(q, residual), [=](int64_t i, int count, auto put) {
+            const vec centred = load(of.x + i, count) - of.mean;
+            const vec g = kKeeps ? load(kept + i, count) : of.before(i, count, centred);
             if (residual) put(residual + i, g, count);
-            put(to + i, slope(i, count, g), count);
+            put(to + i, slope(g, centred), count);
         });
     };
     if (q.training)
-        second_pass([&](int64_t i, int count, vec g) { return gradient.slope_in_training(i, count, g); });
+        second_pass([of](vec g, vec centred) { return of.slope_in_training(g, centred); });
     else
-        second_pass([&](int64_t, int, vec g) { return gradient.slope_as_given(g); });
+        second_pass([of](vec g, vec) { return of.slope_as_given(g); });
 }
 
 template <class T, class Act>

@@ -103,59 +103,84 @@ struct Channel {  // one channel's way from x to v
 
 enum class Slope { kFromX, kFromResidual, kFromOutput };  // what tells the activation's slope beside x
 
+// What the gradient of one element takes: plain numbers, which a loop that has a copy of them keeps in registers,
+// whatever it writes.
+template <class T, class Act, Slope kSlope>
+struct ElementGradient {
+    const T *x, *residual, *grad, *output;
+    vec mean, scale, offset;
+    vec through_mean, through_x;  // of the sums
+
+    vec before(int64_t i, int count) const { return before(i, count, load(x + i, count) - mean); }
+    // g, the gradient before the activation; centred: x less its mean.
+    vec before(int64_t i, int count, vec centred) const {
+        const vec g = load(grad + i, count);
+        if constexpr (std::is_same_v<Act, Identity>) return g;
+        vec v = kSlope == Slope::kFromOutput ? load(output + i, count) : centred * scale + offset;
+        if constexpr (kSlope == Slope::kFromResidual) v = v + load(residual + i, count);
+        return keep_lanes(Act::grad(g, v), count);
+    }
+    // dx of g where the statistics are x's own. Every caller's must round alike: left to the compiler, some products
+    // are fused with what follows and some are not.
+    vec slope_in_training(vec g, vec centred) const {
+        return multiply_add(g, scale, -multiply_add(centred, through_x, through_mean));
+    }
+    // Where they are given, x takes no part, whatever it is.
+    vec slope_as_given(vec g) const { return g * scale; }
+};
+
 // The way back through one channel: add() over all of it, finish(), then the gradients of x.
 template <class T, class Act, Slope kSlope>
 class ChannelGradient {
   public:
     // `of_result`: the gradient of the norm's result, of this channel.
-    ChannelGradient(const Norm& norm, int64_t c, const T* of_result)
-        : channel(norm, c), q(norm), number(c), grad(of_result), output(channel_of<T>(norm.output, norm, c)) {}
-
-    vec before(int64_t i, int count) const {  // g, the gradient before the activation
-        const vec g = load(grad + i, count);
-        if constexpr (std::is_same_v<Act, Identity>) return g;
-        const vec v = kSlope == Slope::kFromOutput
-                          ? load(output + i, count)
-                          : channel.template before_activation<kSlope == Slope::kFromResidual>(i, count);
-        return keep_lanes(Act::grad(g, v), count);
+    ChannelGradient(const Norm& norm, int64_t c, const T* of_result) : q(norm), number(c) {
+        const Channel<T> channel(norm, c);
+        element = {channel.x,    channel.residual, of_result,      channel_of<T>(norm.output, norm, c),
+                   channel.mean, channel.scale_v,  channel.offset, vec{},
+                   vec{}};
+        scale = channel.scale;
     }
+    // Of every element, once finished; before that only before() counts.
+    const ElementGradient<T, Act, kSlope>& of_element() const { return element; }
+
     // Elements [begin, end); `kept` gets g where it is not null.
     void add(int64_t begin, int64_t end, T* kept) {
+        if (kept)
+            sum(begin, end, [kept](int64_t i, int count, vec g) { store(kept + i, g, count); });
+        else
+            sum(begin, end, [](int64_t, int, vec) {});
+    }
+    void finish() {
+        const float rstd = q.rstd[number];
+        if (q.grad_weight) q.grad_weight[number] = float(sum_gx * rstd);
+        if (q.grad_bias) q.grad_bias[number] = float(sum_g);
+        element.through_mean = splat(float(scale * sum_g / double(q.size)));
+        element.through_x = splat(float(double(scale) * rstd * rstd * sum_gx / double(q.size)));
+    }
+
+  private:
+    const Norm& q;
+    const int64_t number;
+    ElementGradient<T, Act, kSlope> element;
+    float scale;
+    double sum_g = 0, sum_gx = 0;
+
+    template <class Keep>
+    void sum(int64_t begin, int64_t end, Keep keep) {
         two_sums(
             begin, end,
-            [&](int64_t i, int count, vec& a, vec& b) {
-                prefetch(channel.x + i + kAhead);
-                prefetch(grad + i + kAhead);
-                const vec g = before(i, count);
-                if (kept) store(kept + i, g, count);
+            [from = element, keep](int64_t i, int count, vec& a, vec& b) {
+                prefetch(from.x + i + kAhead);
+                prefetch(from.grad + i + kAhead);
+                const vec centred = load(from.x + i, count) - from.mean;
+                const vec g = from.before(i, count, centred);
+                keep(i, count, g);
                 a += g;
-                b += g * keep_lanes(load(channel.x + i, count) - channel.mean, count);
+                b += g * keep_lanes(centred, count);
             },
             &sum_g, &sum_gx);
     }
-    void finish() {
-        const float rstd = q.rstd[number], scale = channel.scale;
-        if (q.grad_weight) q.grad_weight[number] = float(sum_gx * rstd);
-        if (q.grad_bias) q.grad_bias[number] = float(sum_g);
-        through_mean = splat(float(scale * sum_g / double(q.size)));
-        through_x = splat(float(double(scale) * rstd * rstd * sum_gx / double(q.size)));
-    }
-    // dx of g where the statistics are x's own. Every caller's must round alike: left to the compiler, some products
-    // are fused with what follows and some are not.
-    vec slope_in_training(int64_t i, int count, vec g) const {
-        const vec through = multiply_add(load(channel.x + i, count) - channel.mean, through_x, through_mean);
-        return multiply_add(g, channel.scale_v, -through);
-    }
-    // Where they are given, x takes no part, whatever it is.
-    vec slope_as_given(vec g) const { return g * channel.scale_v; }
-
-  private:
-    const Channel<T> channel;
-    const Norm& q;
-    const int64_t number;
-    const T *grad, *output;
-    double sum_g = 0, sum_gx = 0;
-    vec through_mean, through_x;
 };
 
 }  // namespace SPARSE_FT_ISA

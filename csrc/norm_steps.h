@@ -35,20 +35,18 @@ class StepsOf : public NormSteps<T> {
     void add(int64_t first, int64_t end) override { gradient->add(first, end, nullptr); }
     void finish() override { gradient->finish(); }
     void slopes(int64_t first, int64_t count, T* to, bool around) const override {
-        const auto from = *gradient;  // a copy, whose numbers stay in registers whatever is written
-        // A norm by itself keeps g in between where it is dear to compute twice, as it is stored.
-        const auto before = [&](int64_t i, int n) {
-            return Act::kCostly ? rounded<T>(from.before(i, n)) : from.before(i, n);
-        };
         const auto write = [&](auto slope) {
-            write_channel(count, around, [&](int64_t i, int n, auto put) {
-                put(to + i, slope(first + i, n, before(first + i, n)), n);
+            write_channel(count, around, [=, of = gradient->of_element()](int64_t i, int n, auto put) {
+                const vec centred = load(of.x + first + i, n) - of.mean;
+                const vec g = of.before(first + i, n, centred);
+                // A norm by itself keeps g in between where it is dear to compute twice, as it is stored.
+                put(to + i, slope(of, Act::kCostly ? rounded<T>(g) : g, centred), n);
             });
         };
         if (q.training)
-            write([&](int64_t i, int n, vec g) { return from.slope_in_training(i, n, g); });
+            write([](const auto& of, vec g, vec centred) { return of.slope_in_training(g, centred); });
         else
-            write([&](int64_t, int, vec g) { return from.slope_as_given(g); });
+            write([](const auto& of, vec g, vec) { return of.slope_as_given(g); });
     }
 
   private:
