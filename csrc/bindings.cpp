@@ -86,7 +86,9 @@ PYBIND11_MODULE(_native, m) {
         return new_tensor(element_of(element), shape, strides).object;
     });
     m.def("threads", &threads_for);
-    m.def("are_plain", &are_plain);
+    m.def("untransformed", &untransformed);
+    m.def("unwatched", &unwatched);
+    m.def("versions_of", &versions_of);
     m.def("state_of", &state_of);
 
     bind_products(m);

@@ -55,6 +55,13 @@ class Arguments {
     float *mean = nullptr, *last = nullptr;
 };
 
+// Whether the core takes these as they are: a batch-last activation of more than one value a channel, and a norm's
+// parameters and statistics, which may be None.
+bool takes_norm(py::handle x, py::handle weight, py::handle bias, py::handle mean) {
+    const Arguments given(x, weight, bias, mean, py::none(), 0, 1);
+    return given.fits && given.norm.size > 1;
+}
+
 // (y, mean, 1 / standard deviation, biased variance); measures the statistics unless they are given.
 py::object batch_norm(py::handle x, py::handle weight, py::handle bias, py::handle mean_, py::handle variance_,
                       float eps, py::handle residual, int activation, int threads) {
@@ -290,6 +297,7 @@ bool update_running(py::handle batches_, py::handle running_mean_, py::handle ru
 }  // namespace
 
 void bind_norms(py::module_& m) {
+    m.def("takes_norm", &takes_norm);
     m.def("batch_norm", &batch_norm);
     m.def("batch_norm_statistics", &batch_norm_statistics);
     m.def("batch_norm_backward", &batch_norm_backward);

@@ -26,7 +26,38 @@ struct Exchange {
 const Exchange* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 
+// torch's own answers to who is watching; new references, as long as the process lives.
+struct Watchers {
+    PyObject *dispatch_modes, *function_modes, *transforms, *tracer, *profiler;
+} watchers;
+
+py::object answer(PyObject* watcher) {
+    PyObject* const answer = PyObject_CallNoArgs(watcher);
+    if (answer == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(answer);
+}
+bool is_off(PyObject* watcher) {  // gives a number, a truth value or None
+    const int on = PyObject_IsTrue(answer(watcher).ptr());
+    if (on < 0) throw py::error_already_set();
+    return on == 0;
+}
+bool is_none(PyObject* watcher) { return answer(watcher).is_none(); }
+
 constexpr int32_t kCpu = 1;
+constexpr int64_t kNoVersion = -1;
+
+// kNoVersion for a tensor made in inference mode.
+int64_t version_of(py::handle tensor) {
+    static PyObject* const version = PyUnicode_InternFromString("_version");
+    PyObject* const number = PyObject_GetAttr(tensor.ptr(), version);
+    if (number == nullptr) {
+        PyErr_Clear();
+        return kNoVersion;
+    }
+    const int64_t value = PyLong_AsLongLong(number);
+    Py_DECREF(number);
+    return value;
+}
 
 }  // namespace
 
@@ -38,6 +69,11 @@ void find_exchange() {
     const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
     exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (exchange == nullptr) throw py::error_already_set();
+    const py::object c = torch.attr("_C");
+    const auto keep = [](const py::object& function) { return function.inc_ref().ptr(); };
+    watchers = {keep(c.attr("_len_torch_dispatch_stack")), keep(c.attr("_len_torch_function_stack")),
+                keep(c.attr("_functorch").attr("peek_interpreter_stack")), keep(c.attr("_get_tracing_state")),
+                keep(c.attr("_autograd").attr("_profiler_enabled"))};
     tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
     parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
     if (exchange->version.major != 1 || exchange->view == nullptr || exchange->import_tensor == nullptr)
@@ -46,7 +82,13 @@ void find_exchange() {
             "sparse_ft, or install an older torch");
 }
 
-bool are_plain(const py::args& args) {
+bool untransformed() {
+    return is_off(watchers.dispatch_modes) && is_off(watchers.function_modes) && is_none(watchers.transforms) &&
+           is_none(watchers.tracer);
+}
+
+bool unwatched(const py::args& args) {
+    if (!untransformed() || !is_off(watchers.profiler)) return false;
     for (py::handle arg : args) {
         PyTypeObject* const type = Py_TYPE(arg.ptr());
         if (type != tensor_type && type != parameter_type && PyType_IsSubtype(type, tensor_type)) return false;
@@ -54,17 +96,17 @@ bool are_plain(const py::args& args) {
     return true;
 }
 
+py::bytes versions_of(const py::args& tensors) {
+    std::vector<int64_t> numbers;
+    for (const py::handle& each : tensors) numbers.push_back(each.is_none() ? kNoVersion : version_of(each));
+    return py::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
+}
+
 py::object state_of(const py::sequence& tensors) {
-    static PyObject* const version = PyUnicode_InternFromString("_version");
     std::vector<int64_t> numbers;
     for (const py::handle& each : tensors) {
-        PyObject* const number = PyObject_GetAttr(each.ptr(), version);
-        if (number == nullptr) {  // made in inference mode
-            PyErr_Clear();
-            return py::none();
-        }
-        numbers.push_back(PyLong_AsLongLong(number));
-        Py_DECREF(number);
+        numbers.push_back(version_of(each));
+        if (numbers.back() == kNoVersion) return py::none();
         numbers.push_back(reinterpret_cast<int64_t>(Tensor(each).data<void>()));
     }
     return py::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));

@@ -15,9 +15,17 @@ namespace sparse_ft {
 // To be called before all else; ImportError where torch has no such interface.
 void find_exchange();
 
-// Whether those of `args` that are tensors are torch.Tensor or torch.nn.Parameter, and of no other type derived from
-// it.
-bool are_plain(const pybind11::args& args);
+// Whether no mode, transform or tracer gives torch's functions another meaning.
+bool untransformed();
+
+// Whether a call with `args` means to torch what it says: as above, the profiler is off, and those of them that are
+// tensors are torch.Tensor or torch.nn.Parameter, and of no other type derived from it. Asked from Python this takes
+// seven calls, for every operator.
+bool unwatched(const pybind11::args& args);
+
+// How often tensors (or None) have been written to, to see whether they are again; of one that counts no versions
+// always the same.
+pybind11::bytes versions_of(const pybind11::args& tensors);
 
 // Versions and addresses of tensors, to see whether they were written to; None where one counts no versions.
 pybind11::object state_of(const pybind11::sequence& tensors);

@@ -70,6 +70,7 @@ def training_step(
         bf16: run forward under torch's autocast to bfloat16.
     """
     model.train()
+    parameters = list(model.parameters())
 
     def step() -> None:
         with mixed_precision(bf16):
@@ -77,7 +78,8 @@ def training_step(
         loss.backward()
         if optimizer is not None:
             optimizer.step()
-        model.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
 
     return step
 

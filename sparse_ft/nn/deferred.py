@@ -7,6 +7,7 @@ convolution takes an activated norm unfinished: it normalises what it reads, for
 that the activation is neither written nor kept.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from sparse_ft.ops import Activation, batch_last_strides
+from sparse_ft.ops._native import versions_of
 from sparse_ft.ops.gradients import batch_norm, batch_norm_backward
 from sparse_ft.ops.statistics import reciprocal_deviation
 
@@ -101,28 +103,27 @@ class Pending(Protocol):
 class Operands:
     """What a pending output is computed from, unless it has changed by then."""
 
-    __slots__: tuple[str, ...] = ("_versions",)
-    _versions: tuple
     what = ""  # of what it is operands, for the error
+    _seen: tuple[Tensor | None, ...] = ()
+    _versions = b""  # of these, as they were seen
 
     def _see(self, *tensors: Tensor | None) -> None:
-        self._versions += tuple([(t, _version(t)) for t in tensors if t is not None])
+        self._seen += tensors
+        self._versions += versions_of(*tensors)
 
     def _copy(self) -> Any:
         other = object.__new__(type(self))
-        for name in (*Operands.__slots__, *self.__slots__):
-            setattr(other, name, getattr(self, name))
+        other.__dict__.update(self.__dict__)
         return other
 
     def check(self) -> None:
         """Raises where an operand is no longer what it was."""
-        for tensor, version in self._versions:
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"an input, parameter or statistic of {self.what}, or the tensor added to its output, was "
-                    "modified in place before the result was used; copy (.clone()) what is modified, or use the dense "
-                    "model (sparse_ft.to_dense)"
-                )
+        if versions_of(*self._seen) != self._versions:
+            raise RuntimeError(
+                f"an input, parameter or statistic of {self.what}, or the tensor added to its output, was "
+                "modified in place before the result was used; copy (.clone()) what is modified, or use the dense "
+                "model (sparse_ft.to_dense)"
+            )
 
 
 class Origin(Protocol):
@@ -136,10 +137,6 @@ class PendingNorm(Operands):
     """A norm's operands. The statistics are measured; `residual` is to be added."""
 
     what = "a batch norm"
-    __slots__ = (
-        "activation", "before", "bias", "device", "dtype", "eps", "grad_enabled", "inference", "mean", "patience",
-        "residual", "rstd", "shape", "taken", "training", "variance", "weight", "x",
-    )  # fmt: skip
 
     def __init__(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float,
@@ -153,13 +150,16 @@ class PendingNorm(Operands):
             mean, variance = mean.clone(), variance.clone()
         self.x, self.weight, self.bias = self._constant(x), self._constant(weight), self._constant(bias)
         self.mean, self.variance, self.eps, self.training = mean, variance, eps, training
-        self.rstd = reciprocal_deviation(variance, eps)
         self.patience, self.activation = patience, activation
         self.residual: Tensor | None = None
         self.taken = False  # by a convolution
         self.before = before
-        self._versions: tuple = ()
         self._see(self.x, self.weight, self.bias)
+
+    @functools.cached_property
+    def rstd(self) -> Tensor:
+        """1 / standard deviation"""
+        return reciprocal_deviation(self.variance, self.eps)
 
     def _constant(self, tensor: Any) -> Any:
         """Where no gradient is recorded, also if the norm is computed where one is."""
@@ -219,17 +219,18 @@ class _Defer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, pending):
-        ctx.save_for_backward(x, weight, bias, pending.mean, pending.rstd)
+        ctx.save_for_backward(x, weight, bias, pending.mean, pending.variance)
         ctx.set_materialize_grads(False)  # an activation in place leaves none for what was there before it
-        ctx.activation, ctx.training = pending.activation, pending.training
+        ctx.activation, ctx.training, ctx.eps = pending.activation, pending.training, pending.eps
         return Deferred(pending)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, weight, bias, mean, variance = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if grad is None or not any(needs[:3]):
             return None, None, None, grad, None
+        rstd = reciprocal_deviation(variance, ctx.eps)
         grads = batch_norm_backward(grad, x, weight, bias, mean, rstd, None, None, ctx.activation, ctx.training)
         grads = [grad if wanted else None for grad, wanted in zip(grads[:3], needs, strict=False)]
         return *grads, grad if needs[3] else None, None
@@ -418,12 +419,12 @@ def _activate(deferred: Deferred, activation: Activation, in_place: bool) -> Ten
     activated = pending.activated(activation)
     if activated is None:
         return None
-    pending.check()
     if not activated.may_wait():
         result = activated.compute()
         if in_place:
             _become(deferred, result)
         return result
+    pending.check()
     waiting = activated.defer()
     if not in_place:
         return waiting

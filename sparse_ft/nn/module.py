@@ -124,6 +124,9 @@ class SparseModule(nn.Module):
         self._take_back()
         if self._reported or x.device.type != "cpu":
             return
+        weight = parameter_of(self, "weight")
+        if x.dtype is weight.dtype is torch.float32 and weight.is_cpu and parameter_of(self, "bias") is None:
+            return  # as it usually is
         reason = self.native_reason(x)
         if reason:
             self._reported = True

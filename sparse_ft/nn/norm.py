@@ -19,18 +19,24 @@ from sparse_ft.nn.pending_conv import join_norm
 from sparse_ft.nn.pending_depthwise import join_depthwise
 from sparse_ft.nn.stock import adapts
 from sparse_ft.ops import Activation, is_batch_last, native_reason
+from sparse_ft.ops._native import takes_norm
 from sparse_ft.ops.gradients import batch_norm, batch_norm_statistics
 from sparse_ft.ops.statistics import moments_of, update_running
 
 
 def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    weight, bias = _parameters(norm)
+    mean = norm._buffers["running_mean"]
+    # In one call, where these are what they usually are.
+    if type(x) is Tensor and not torch.compiler.is_compiling() and takes_norm(x, weight, bias, mean):
+        return x.shape[1] == norm.num_features
     if x.dim() != 4 or not is_batch_last(x):
         return False
     n, c, h, w = x.shape
     return (
         c == norm.num_features
         and n * h * w > 1  # torch's own error for a single value a channel
-        and native_reason(x, weights=(*_parameters(norm), norm._buffers["running_mean"])) is None
+        and native_reason(x, weights=(weight, bias, mean)) is None
     )
 
 

@@ -32,10 +32,6 @@ class PendingConv(Operands):
     """A convolution's operands, and those of what is to follow it."""
 
     what = "a convolution"
-    __slots__ = (
-        "activation", "device", "dtype", "grad_enabled", "inference", "norm", "owner", "residual",
-        "shape", "weights", "x",
-    )  # fmt: skip
 
     def __init__(self, owner: SparseConv2d, x: Tensor):
         values, bias = owner._parameters["weight"], owner._parameters["bias"]
@@ -46,7 +42,6 @@ class PendingConv(Operands):
         self.norm: tuple = _NO_NORM  # weight, bias, mean, variance, eps
         self.residual: Tensor | None = None
         self.activation = Activation.IDENTITY
-        self._versions: tuple = ()
         self._see(x, values, bias)
 
     @property

@@ -42,10 +42,6 @@ class PendingDepthwise(Operands):
 
     what = "a depthwise convolution, of the norm before it"
     activation, residual = Activation.IDENTITY, None
-    __slots__ = (
-        "conv", "device", "dtype", "geometry", "grad_enabled", "inference", "inner", "norm", "pattern", "shape",
-        "values",
-    )  # fmt: skip
 
     def __init__(self, conv: SparseConv2d, norm: PendingNorm):
         self.conv, self.norm = conv, norm
@@ -54,7 +50,7 @@ class PendingDepthwise(Operands):
         self.shape = torch.Size(conv2d_output_shape(norm.shape, *self.geometry))
         self.dtype, self.device = norm.dtype, norm.device
         self.grad_enabled, self.inference = True, False
-        self._versions = norm._versions
+        self._seen, self._versions = norm._seen, norm._versions
         self._see(self.values)
 
     def takes(self, residual: Tensor) -> bool:

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack
 
 from sparse_ft.ops import _native
+from sparse_ft.ops._native import unwatched
 
 _implementations: dict[str, Callable] = {}
 
@@ -26,16 +24,7 @@ def provide(implementations: dict[str, Callable]) -> None:
 
 def transformed() -> bool:
     """Whether a mode, a transform or a tracer gives calls another meaning."""
-    return bool(
-        _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or peek_interpreter_stack() is not None
-        or _get_tracing_state() is not None
-    )
-
-
-def _unwatched(args: tuple) -> bool:
-    return not (transformed() or _profiler_enabled()) and _native.are_plain(*args)
+    return not _native.untransformed()
 
 
 def _any_requires_grad(args: tuple) -> bool:
@@ -68,7 +57,7 @@ def caller(name: str, differentiable: Callable | None = None) -> Callable[..., A
         differentiable = super(torch.autograd.Function, kind).apply
 
     def call(*args):
-        if torch.compiler.is_compiling() or not _unwatched(args):
+        if torch.compiler.is_compiling() or not unwatched(*args):
             return operator(*args[:count])
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return operator(*args[:count]) if differentiable is None else differentiable(*args)
@@ -82,7 +71,7 @@ def below_autograd(name: str) -> Callable[..., Any]:
     operator, count = _operator(name)
 
     def call(*args):
-        if _unwatched(args):
+        if unwatched(*args):
             return _implementations[name](*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args[:count])

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sparse_ft.ops import _native
 from sparse_ft.ops.by_tensor import ByTensor
-from sparse_ft.ops.calls import transformed
 
 
 class Moments:
@@ -45,9 +44,7 @@ def moments_of(y: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _unwatched(*tensors: Tensor) -> bool:
     """Whether these are ordinary tensors, and nobody watches."""
-    if torch.compiler.is_compiling() or transformed() or not _native.are_plain(*tensors):
-        return False
-    return not any(tensor.is_inference() for tensor in tensors)
+    return not torch.compiler.is_compiling() and _native.unwatched(*tensors)
 
 
 def reciprocal_deviation(variance: Tensor, eps: float) -> Tensor:
@@ -74,9 +71,11 @@ def update_running(
         count: values of a channel.
     """
     tensors = batches, *running, *measured
-    if _unwatched(*tensors) and _native.update_running(*tensors, momentum, count / (count - 1)):
-        torch.autograd.graph.increment_version(tensors[:3])
-        return
+    written = tensors[:3]
+    if _unwatched(*tensors) and not any(map(Tensor.is_inference, written)):
+        if _native.update_running(*tensors, momentum, count / (count - 1)):
+            torch.autograd.graph.increment_version(written)
+            return
     batches.add_(1)
     share = 1.0 / float(batches) if momentum is None else momentum
     running[0].lerp_(measured[0], share)

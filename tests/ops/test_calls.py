@@ -6,6 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_ft.nn import SparseConv2d, SparseLinear
+from sparse_ft.ops import _native
 
 
 def _layers():
@@ -64,6 +65,42 @@ def test_modes_and_the_profiler_see_operators_and_change_nothing(layer, x, name)
     assert wanted <= set(dispatched.names)
     assert f"sparse_ft::{name}" in functions.names
     assert wanted <= {event.key for event in profiler.key_averages()}
+
+
+class _Other(torch.Tensor):
+    pass
+
+
+def test_it_is_seen_who_watches():
+    x, answers = torch.ones(3), []
+
+    def ask(x):
+        answers.append((_native.untransformed(), _native.unwatched(x, None, 1, [x])))
+        return x + 1
+
+    ask(x)
+    ask(torch.nn.Parameter(x))
+    ask(x.as_subclass(_Other))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        ask(x)
+    for mode in (_Seen(), _SeenFunctions()):
+        with mode:
+            ask(x)
+    torch.func.vmap(ask)(x)
+    torch.jit.trace(ask, x, check_trace=False)
+    watched = (False, False)
+    assert answers == [(True, True), (True, True), (True, False), (True, False), *[watched] * 4]
+
+
+def test_versions_tell_writing():
+    x, y = torch.ones(3), torch.ones(3)
+    with torch.inference_mode():
+        uncounted = torch.ones(3)
+    before = _native.versions_of(x, None, y, uncounted)
+    assert _native.versions_of(x, None, y, uncounted) == before
+    assert _native.versions_of(x) + _native.versions_of(None, y, uncounted) == before
+    y.add_(1)
+    assert _native.versions_of(x, None, y, uncounted) != before
 
 
 @pytest.mark.parametrize(("layer", "x", "name"), _layers(), ids=["conv", "linear"])
