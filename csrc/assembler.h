@@ -9,7 +9,7 @@
 namespace sparse_ft {
 
 // General registers by number, as the System V calling convention hands out arguments.
-enum Register { rax = 0, rcx = 1, rdx = 2, rbx = 3, rsp = 4, rsi = 6, rdi = 7, r8, r9, r10, r11, r12 };
+enum Register { rax = 0, rcx = 1, rdx = 2, rbx = 3, rsp = 4, rbp = 5, rsi = 6, rdi = 7, r8, r9, r10, r11, r12, r13 };
 
 class Assembler {
   public:
@@ -67,6 +67,10 @@ class Assembler {
     // Into the second-level cache; a hint, which no address makes fail.
     void prefetch(Register base, int32_t disp) {
         bytes({uint8_t(0x40 | (base >> 3)), 0x0F, 0x18, uint8_t(0x80 | 2 << 3 | (base & 7))});
+        word(disp);
+    }
+    void load(Register to, Register base, int32_t disp) {  // base: neither rsp nor r12
+        bytes({uint8_t(0x48 | (to >> 3) << 2 | (base >> 3)), 0x8B, uint8_t(0x80 | (to & 7) << 3 | (base & 7))});
         word(disp);
     }
     void load_argument(Register to, int32_t stack) {  // stack arguments begin at rsp + 8, below what was pushed

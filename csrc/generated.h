@@ -2,6 +2,7 @@
 #pragma once
 #include <unistd.h>
 
+#include "bypass.h"
 #include "panel.h"
 #include "transpose.h"
 
@@ -57,6 +58,28 @@ inline TileLimits generated_limits(const Product& q) {
     }
     // A chunk of a gather product reads the same lines of all channels, one position after another.
     return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, bytes, true, 0, true, !q.value_grad};
+}
+
+// Whether a gather product reads its source where it lies: a 1 x 1 convolution without stride has nothing to gain from
+// a panel but lines that are in the second-level cache, and they can be fetched there while the tile before is
+// computed. A smaller source has been there anyway, so that a panel, whose channels lie close together, is no slower.
+inline bool reads_in_place(const Product& q) {
+    const Geometry& g = q.geometry;
+    const int64_t channels = g.groups * g.channels_per_group;
+    return q.plane_count == 1 && g.taps_h * g.taps_w == 1 && q.planes[0].height * q.planes[0].width == 1 &&
+           g.source_h * g.source_w == 1 && q.source.n == 1 && q.dest.n == 1 && g.batch % kLanes == 0 &&
+           q.element == Element::kFloat && q.norm == nullptr && q.planes[0].tap_y[0] == 0 &&
+           q.planes[0].tap_x[0] == 0 && source_bytes(q) > kFarBytes &&
+           channels * q.source.c < Tiling::kMaxChannelFloats;
+}
+// Its tiles: some lanes of all channels.
+inline Tiling in_place_tiling(const Product& q) {
+    const Geometry& g = q.geometry;
+    const int64_t vector_bytes = g.groups * g.channels_per_group * kLanes * 4;
+    const int64_t vectors = even_vectors(q, std::clamp<int64_t>(gather_panel() / vector_bytes, 4, kRunVectors));
+    Tiling t(g, q.planes[0], {vectors * kLanes, vectors * kLanes, 1, INT64_MAX / 2});
+    t.channel_stride = q.source.c;
+    return t;
 }
 
 inline void pack(const Tiling& t, const Tile& tile, const Product& q, int64_t channel, int64_t count, float* panel) {

@@ -7,10 +7,13 @@
 // (about 11 bytes a nonzero) in the first.
 #include <omp.h>
 
+#include <atomic>
+
 #include "assembler.h"
 #include "bypass.h"
 #include "empty_planes.h"
 #include "executable.h"
+#include "fetch_list.h"
 #include "generated.h"
 #include "kernels.h"
 #include "moments.h"
@@ -29,13 +32,15 @@ constexpr int64_t kChunkNonzeros = 2048;        // of one chunk, whose code then
 constexpr int64_t kNonzerosPerFetch = 48;
 
 // x, values: of the chunk; out_row: bytes from a row's lanes to the next row's; bias: of the chunk's rows; next: the
-// code that runs after this one, fetched meanwhile.
+// code that runs after this one, fetched meanwhile; ahead: what else is, in code that reads its source in place.
 using GatherCode = void (*)(const float* x, const float* values, float* out, int64_t vectors, int64_t x_step,
-                            int64_t out_step, int64_t out_row, const float* bias, const uint8_t* next);
+                            int64_t out_step, int64_t out_row, const float* bias, const uint8_t* next,
+                            const char* const* ahead);
 
 struct GatherChunk {  // some rows, and a part of their reduction
     int64_t row, rows, entry, value;
     bool begins, ends;  // the reduction
+    int64_t fetched;    // runs of lines, with every vector
 };
 
 struct GatherProgram : Program {
@@ -43,12 +48,20 @@ struct GatherProgram : Program {
     std::vector<GatherChunk> chunks;
     std::vector<int64_t> panel{0};  // chunks of panel i: panel[i] up to panel[i + 1]
     std::vector<int32_t> order;     // index of every value, in the code's order
+    int64_t run_lines = 0;          // of what is fetched
+    size_t runs() const {           // that all chunks fetch with a vector each
+        size_t all = 0;
+        for (const GatherChunk& chunk : chunks) all += size_t(chunk.fetched);
+        return all;
+    }
 };
 
 class GatherCompiler {
   public:
-    GatherCompiler(const Product& product, const Tiling& tiling, const Plane& plane)
-        : q(product), t(tiling), p(plane), g(product.geometry), nonzeros(product, tiling, plane) {}
+    GatherCompiler(const Product& product, const Tiling& tiling, const Plane& plane, bool in_place)
+        : q(product), t(tiling), p(plane), g(product.geometry), nonzeros(product, tiling, plane) {
+        if (in_place) share_out_lines();
+    }
 
     // Null if the pattern is malformed (`problem` says how) or the system allows no generated code.
     std::shared_ptr<const GatherProgram> compile(const char** problem) {
@@ -82,6 +95,16 @@ class GatherCompiler {
     Assembler assembler;
     std::shared_ptr<GatherProgram> program = std::make_shared<GatherProgram>();
     SortedNonzeros nonzeros;
+    int64_t runs = 0;  // to be fetched with every vector
+
+    // While a tile is computed, the next one's lines are fetched: with every vector of every chunk about as many.
+    void share_out_lines() {
+        const int64_t rows = g.groups * g.rows_per_group, tile = t.lanes / kLanes;  // lines of a channel
+        const int64_t chunks = std::max((rows + kGatherRows - 1) / kGatherRows, q.nnz / kChunkNonzeros);
+        const int64_t lines = (g.groups * g.channels_per_group + chunks - 1) / chunks;
+        program->run_lines = std::min(tile, std::max<int64_t>(lines, 4));
+        runs = (lines + program->run_lines - 1) / program->run_lines;
+    }
 
     // Whole chunks where rows are written in bands of them; elsewhere as even as can be.
     int64_t chunk_end(int64_t row, int64_t group_end) const {
@@ -101,7 +124,8 @@ class GatherCompiler {
             int64_t stop = parts ? count * (part + 1) / parts : 0;
             while (stop < count && entries[stop].offset == entries[stop - 1].offset) ++stop;
             program->chunks.push_back({row, end - row, assembler.size(), int64_t(program->order.size()),
-                                       first && part == 0, last && part + 1 >= parts});
+                                       first && part == 0, last && part + 1 >= parts,
+                                       stop - begin >= runs * program->run_lines ? runs : 0});
             emit(program->chunks.back(), entries, begin, stop);
             begin = stop;
         }
@@ -110,10 +134,17 @@ class GatherCompiler {
     void emit(const GatherChunk& chunk, const std::vector<Entry>& entries, int64_t begin, int64_t end) {
         Assembler& a = assembler;
         const int64_t fetches = (end - begin) / kNonzerosPerFetch;
-        a.reserve(size_t(2 * (end - begin) + (end - begin) / 256 + fetches + 4 * chunk.rows + 20));
+        const int64_t lines = chunk.fetched * program->run_lines;
+        a.reserve(size_t(2 * (end - begin) + (end - begin) / 256 + fetches + 2 * lines + 4 * chunk.rows + 30));
+        const int32_t pushed = chunk.fetched > 0 ? 24 : 8;
         a.push(rbx);
-        a.load_argument(rax, 8 + 8);
-        a.load_argument(rbx, 8 + 24);
+        if (chunk.fetched > 0) {
+            a.push(rbp);
+            a.push(r13);
+            a.load_argument(r13, pushed + 32);
+        }
+        a.load_argument(rax, pushed + 8);
+        a.load_argument(rbx, pushed + 24);
         const int64_t top = a.size();
         uint32_t fresh = 0;  // rows whose first product is their value so far
         if (!chunk.begins) {
@@ -123,7 +154,7 @@ class GatherCompiler {
                 a.add(r10, rax);
             }
         } else if (q.bias) {
-            a.load_argument(r10, 8 + 16);
+            a.load_argument(r10, pushed + 16);
             for (int r = 0; r < chunk.rows; ++r) a.broadcast(r, r10, r * 4);
         } else {
             for (int64_t i = begin; i < end; ++i) fresh |= 1u << entries[size_t(i)].row;
@@ -151,6 +182,12 @@ class GatherCompiler {
             fresh &= ~(1u << entry.row);
             if (const int64_t count = i - begin + 1; count % kNonzerosPerFetch == 0)
                 a.prefetch(rbx, int32_t(count / kNonzerosPerFetch - 1) * 64);
+            for (int64_t line = lines * (i - begin) / (end - begin); line < lines * (i - begin + 1) / (end - begin);
+                 ++line) {
+                const int64_t run = line / program->run_lines, of_run = line % program->run_lines;
+                if (of_run == 0) a.load(rbp, r13, int32_t(run * 8));
+                a.prefetch(rbp, int32_t(of_run * kLineBytes));
+            }
             program->order.push_back(q.perm ? q.perm[entry.index] : entry.index);
         }
         a.move(r10, rdx);
@@ -161,8 +198,13 @@ class GatherCompiler {
         a.add(rdi, r8);
         a.add(rdx, r9);
         a.add(rbx, int32_t(fetches * 64));
+        if (chunk.fetched > 0) a.add(r13, int32_t(chunk.fetched * 8));
         a.repeat_from(top, rcx);
         a.end_vectors();
+        if (chunk.fetched > 0) {
+            a.pop(r13);
+            a.pop(rbp);
+        }
         a.pop(rbx);
         a.ret();
     }
@@ -170,8 +212,10 @@ class GatherCompiler {
 
 class GeneratedGather {
   public:
-    explicit GeneratedGather(const Product& product) : q(product), g(product.geometry) {
-        for (int64_t i = 0; i < q.plane_count; ++i) tilings.emplace_back(g, q.planes[i], generated_limits(q));
+    explicit GeneratedGather(const Product& product)
+        : q(product), g(product.geometry), in_place(reads_in_place(product)) {
+        for (int64_t i = 0; i < q.plane_count; ++i)
+            tilings.push_back(in_place ? in_place_tiling(q) : Tiling(g, q.planes[i], generated_limits(q)));
         split_work();
         bypass = result_bytes(q) > kBypassBytes;
     }
@@ -183,9 +227,9 @@ class GeneratedGather {
             return false;
         for (int64_t i = 0; i < q.plane_count; ++i) {
             Programs::Key key = tilings[i].key(g);
-            key.insert(key.begin(), {q.perm ? 1 : 0, q.bias ? 1 : 0, i});
+            key.insert(key.begin(), {q.perm ? 1 : 0, q.bias ? 1 : 0, in_place ? 1 : 0, i});
             programs.push_back(q.programs->find_or_make<GatherProgram>(
-                key, [&] { return GatherCompiler(q, tilings[i], q.planes[i]).compile(problem); }));
+                key, [&] { return GatherCompiler(q, tilings[i], q.planes[i], in_place).compile(problem); }));
             if (programs.back() == nullptr) return false;
             first_value.push_back(first_value.back() + int64_t(programs.back()->order.size()));
         }
@@ -207,8 +251,13 @@ class GeneratedGather {
                 for (int64_t i = 0; i < int64_t(order.size()); ++i) to[i] = q.values[order[i]];
             }
             thread_local Scratch panel_scratch, stage_scratch;
+            if (in_place) {
+                compute_stretches(values, panel_scratch, stage_scratch);
+#pragma omp barrier
+            } else {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < items.back(); ++i) compute(i, values, panel_scratch, stage_scratch);
+                for (int64_t i = 0; i < items.back(); ++i) compute(i, i, values, panel_scratch, stage_scratch);
+            }
             if (bypass) finish_stores_around();
             if (measuring) {
 #pragma omp for schedule(static)
@@ -221,6 +270,8 @@ class GeneratedGather {
   private:
     const Product& q;
     const Geometry& g;
+    const bool in_place;  // whether the source is read where it lies
+    std::atomic<int64_t> stretches_taken{0};
     std::vector<Tiling> tilings;
     std::vector<std::shared_ptr<const GatherProgram>> programs;
     std::vector<int64_t> first_value{0};
@@ -251,7 +302,21 @@ class GeneratedGather {
         q.moments->variance[row] = joined.variance();
     }
 
-    void compute(int64_t item, const float* values, Scratch& panel_scratch, Scratch& stage_scratch) {
+    // Some items that follow one another at a time, each of which is computed while the next one's source is fetched:
+    // the next ones are therefore taken before the last.
+    void compute_stretches(const float* values, Scratch& panel_scratch, Scratch& stage_scratch) {
+        const int64_t all = items.back(), length = std::max<int64_t>(all / (8 * q.threads), 1);
+        const auto take = [&] { return std::min(stretches_taken++ * length, all); };
+        for (int64_t first = take(), then; first < all; first = then) {
+            const int64_t end = std::min(first + length, all);
+            for (int64_t i = first; i + 1 < end; ++i) compute(i, i + 1, values, panel_scratch, stage_scratch);
+            then = take();
+            compute(end - 1, then < all ? then : end - 1, values, panel_scratch, stage_scratch);
+        }
+    }
+
+    // `next`: the item that this thread computes after it, if it is another one.
+    void compute(int64_t item, int64_t next, const float* values, Scratch& panel_scratch, Scratch& stage_scratch) {
         const int64_t plane = std::upper_bound(items.begin(), items.end(), item) - items.begin() - 1;
         const Plane& p = q.planes[plane];
         const Tiling& t = tilings[plane];
@@ -276,12 +341,19 @@ class GeneratedGather {
         const int64_t stage_rows = t.blocks > 1 ? rows : kBandRows;
         const int64_t stage_row = d.n == 1 ? (tile.rows * run.vectors + 1) * kLanes : kLanes;
         const int64_t stage_vector = d.n == 1 ? kLanes : stage_rows * kLanes;
-        float* panel = panel_scratch.floats(size_t(t.panel_floats() + run.vectors * kLanes));
+        const float* source = static_cast<const float*>(q.source.data) + tile.n;  // if it is read in place
+        float* panel = in_place ? nullptr : panel_scratch.floats(size_t(t.panel_floats() + run.vectors * kLanes));
         float* stage = stage_scratch.floats(size_t(stage_rows * (tile.rows * run.vectors + 1) * kLanes));
         int64_t index = 0;
+        thread_local FetchList ahead;
+        if (in_place) {
+            list_lines(program, (next - items[plane]) / parts, next != item, &ahead);
+            ahead.end(size_t(run.vectors) * program.runs(), stage);
+        }
 
         for_each_panel(t, g, 0, rows, [&](int64_t, int64_t, int64_t, int64_t channel, int64_t count) {
-            pack(t, tile, q, channel, count, panel);
+            if (!in_place) pack(t, tile, q, channel, count, panel);
+            const float* from = in_place ? source : panel;
             const int64_t end = program.panel[size_t(index) + 1];
             for (int64_t i = program.panel[size_t(index)]; i < end; ++i) {
                 const GatherChunk& chunk = program.chunks[size_t(i)];
@@ -291,14 +363,14 @@ class GeneratedGather {
                 const auto code = program.code->entry<GatherCode>(chunk.entry);
                 const float* bias = q.bias ? q.bias + chunk.row : nullptr;
                 const int64_t follower = i + 1 < int64_t(program.chunks.size()) ? i + 1 : 0;
-                const uint8_t* next = program.code->entry<const uint8_t*>(program.chunks[size_t(follower)].entry);
+                const uint8_t* following = program.code->entry<const uint8_t*>(program.chunks[size_t(follower)].entry);
                 const auto compute_slice = [&](const Slice& slice) {
                     for (int64_t r = 0; r < slice.rows; ++r)
                         for (int64_t i = 0; i < slice.groups; ++i)
-                            code(panel + (slice.row + r) * t.row_stride + (slice.first() + i) * run.step,
+                            code(from + (slice.row + r) * t.row_stride + (slice.first() + i) * run.step,
                                  values + first_value[plane] + chunk.value, to + (r * slice.vectors() + i) * kLanes,
                                  slice.columns, groups * run.step * 4, slice.groups * stage_vector * 4, stage_row * 4,
-                                 bias, next);
+                                 bias, following, ahead.take(chunk.fetched * slice.columns));
                 };
                 const int64_t stop = chunk.row + chunk.rows, band = (stop - 1) / kBandRows * kBandRows;
                 moments.begin();
@@ -322,6 +394,16 @@ class GeneratedGather {
             }
             ++index;
         });
+    }
+
+    // What is to be fetched of a tile that is read in place.
+    void list_lines(const GatherProgram& program, int64_t number, bool wanted, FetchList* list) const {
+        list->begin(program.run_lines);
+        if (!wanted) return;
+        const Tile tile(tilings[0], g, q.planes[0], number);
+        const float* from = static_cast<const float*>(q.source.data) + tile.n;
+        for (int64_t c = 0; c < g.groups * g.channels_per_group; ++c, from += q.source.c)
+            list->add(from, tile.lanes * int64_t(sizeof(float)));
     }
 
     // A part of a tile: `rows` rows of positions from `row` on, of each of them `columns` from `column` on, and of

@@ -10,6 +10,7 @@ from oracle import DTYPES, ROUNDING
 
 from sparse_ft import ops
 from sparse_ft.ops import native
+from sparse_ft.ops.statistics import Moments
 
 pytestmark = pytest.mark.skipif(
     "avx512-jit" not in ops.available_isas(), reason="this processor or system runs no generated code"
@@ -91,6 +92,9 @@ def test_linear(tokens, features, outputs, density, threads, dtype):
         (32, 64, 96, (26, 26), (1, 1), (2, 2), (0, 0), (1, 1), 1, 0.1),
         (36, 64, 96, (26, 26), (1, 1), (2, 2), (0, 0), (1, 1), 1, 0.1),
         (36, 64, 40, (26, 26), (1, 3), (2, 1), (0, 1), (1, 1), 1, 0.1),
+        # Sources that are read where they lie: a short last tile, groups.
+        (16, 24, 40, (105, 105), (1, 1), (1, 1), (0, 0), (1, 1), 1, 0.2),
+        (16, 48, 64, (75, 76), (1, 1), (1, 1), (0, 0), (1, 1), 2, 0.1),
     ],
 )
 def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilation, groups, density, threads, dtype):
@@ -113,6 +117,23 @@ def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilatio
     _close(got, x.grad)
     got = native.conv2d_weight_grad(sink, source, pattern.tensors, geometry)
     _close(got, pattern.from_dense(dense.grad))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_moments_of_results_whose_source_is_read_where_it_lies(threads):
+    torch.manual_seed(threads)
+    torch.set_num_threads(threads)
+    weight = _sparse((40, 24, 1, 1), 0.3)
+    weight[3:33] = 0  # a chunk of rows without a nonzero
+    pattern, values = ops.SparsePattern.build(weight)
+    x = native.to_layout(torch.randn(16, 24, 110, 100), native.BATCH_LAST)
+    geometry = ((40, 24, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    moments = Moments()
+    y = native.conv2d(x, values, None, pattern.tensors, geometry, moments=moments)
+    _close(y, F.conv2d(x.double(), weight.double()))
+    variance, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(moments.mean.double(), mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(moments.variance.double(), variance, rtol=1e-5, atol=0)
 
 
 def test_the_result_depends_on_the_thread_count_alone():
