@@ -92,7 +92,7 @@ class SparseConv2d(SparseModule):
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         values, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
-        weights = (values, bias, self._modules["pattern"].tensors, *self.geometry)
+        weights = (values, bias, self.pattern.tensors, *self.geometry)
         # By itself a depthwise convolution reads a value for little more than memory's time: it has none for a norm.
         depthwise = self.geometry[0][1] == 1
         norm = None if depthwise else take_unfinished(x)
