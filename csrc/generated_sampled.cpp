@@ -214,12 +214,7 @@ class GeneratedSampled {
             for (int64_t part = 0; part < tile_parts * row_parts; ++part)
                 sum_tiles(part / row_parts, part % row_parts, panel_scratch, stage_scratch);
 #pragma omp for schedule(static)
-            for (int64_t j = 0; j < q.nnz; ++j) {
-                const int32_t slot = program->slot[size_t(j)];
-                float total = 0;
-                for (int64_t i = 0; slot != kNoSlot && i < tile_parts; ++i) total += sums[i * part_floats() + slot];
-                q.value_grad[j] = total;
-            }
+            for (int64_t j = 0; j < q.nnz; j += kLanes) write_totals(j, int(std::min<int64_t>(kLanes, q.nnz - j)));
             if (q.row_sums) {
 #pragma omp for schedule(static)
                 for (int64_t row = 0; row < rows(); ++row) {
@@ -254,6 +249,17 @@ class GeneratedSampled {
         int64_t block = begin;
         while (block < end && program->blocks[size_t(block)].slot < from + (to - from) * i / row_parts) ++block;
         return block;
+    }
+
+    // Of nonzeros [j, j + count), which may be a vector.
+    void write_totals(int64_t j, int count) const {
+        const __mmask16 there = __mmask16((1u << count) - 1);
+        const __m512i slot = _mm512_maskz_loadu_epi32(there, program->slot.data() + j);
+        const __mmask16 summed = _mm512_mask_cmpneq_epi32_mask(there, slot, _mm512_set1_epi32(kNoSlot));
+        vec total{};
+        for (int64_t i = 0; i < tile_parts; ++i)
+            total += vec(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), summed, slot, sums + i * part_floats(), 4));
+        store(q.value_grad + j, total, count);
     }
 
     void sum_tiles(int64_t tile_part, int64_t row_part, Scratch& panel_scratch, Scratch& stage_scratch) {
