@@ -59,8 +59,9 @@ class DepthwiseFrames {
                 find_taps(channel + i, &room->taps);
                 const float bias = q.bias ? q.bias[channel + i] : 0.0f;
                 for (int64_t at = 0; at < run; at += kVectors * kLanes)
-                    write_vectors<float, kVectors>(room->taps, frames + i * floats + y * pitch + at, bias,
-                                                   stage + i * staged + at, false);
+                    write_vectors<float, kVectors>(room->taps.data(), room->taps.size(),
+                                                   frames + i * floats + y * pitch + at, bias, stage + i * staged + at,
+                                                   false);
             }
             for (int64_t i = 0; i < count; ++i) write_rows(channel + i, y, part, stage + i * staged);
         }

@@ -11,21 +11,14 @@
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 
-// A nonzero at the positions that it reaches.
-struct Tap {
-    int64_t offset;  // from the position's own place in the source
-    float weight;
-    int32_t index;  // among the channel's nonzeros
-};
-
 // sums = bias + the taps' products, for V vectors.
 template <class T, int V>
-void write_vectors(const std::vector<Tap>& taps, const T* from, float bias, T* to, bool around) {
+void write_vectors(const Tap* taps, size_t count, const T* from, float bias, T* to, bool around) {
     vec total[V];
     for (int v = 0; v < V; ++v) total[v] = splat(bias);
-    for (const Tap& tap : taps) {
-        const vec weight = splat(tap.weight);
-        for (int v = 0; v < V; ++v) total[v] += weight * load(from + tap.offset + v * kLanes);
+    for (size_t i = 0; i < count; ++i) {
+        const vec weight = splat(taps[i].weight);
+        for (int v = 0; v < V; ++v) total[v] += weight * load(from + taps[i].offset + v * kLanes);
     }
     for (int v = 0; v < V; ++v)
         if (around)
@@ -44,13 +37,15 @@ class DepthwiseRows {
         float weight;
         int32_t index;
     };
-    struct Taps {                    // of a stretch
-        std::vector<Entry> entries;  // that reach it
-        int64_t low, high;           // rows [low, high) of the source, at which all of them are within it
-        size_t first, end;           // those within it at a row, which are
-        std::vector<Tap> list;
-        const WindowKernels<T>* window = nullptr;  // if they are a rectangle without a gap
-        float weights[kWindowTaps];                // of a window
+    struct Taps {                // of a stretch
+        std::vector<Tap> all;    // that reach it
+        std::vector<int64_t> y;  // of their source, at position 0
+        int64_t low, high;       // rows [low, high) of the source, at which all of them are within it
+        int64_t width;           // of the rectangle that they are; 0 if they are none
+        size_t first, end;       // those within it at a row
+        const WindowKernels<T>* window = nullptr;  // if these are a rectangle
+        const Tap* begin() const { return all.data() + first; }
+        size_t count() const { return end - first; }
     };
     struct Stretch {  // positions of a row that the same taps reach
         int64_t first, end;
@@ -99,15 +94,7 @@ class DepthwiseRows {
         const std::vector<Stretch>& all = stretches[size_t(plane)];
         std::vector<Taps>& taps = channel->taps;
         if (taps.size() < all.size()) taps.resize(all.size());
-        for (size_t i = 0; i < all.size(); ++i) {
-            taps[i].entries.clear();
-            for (const Entry& entry : channel->entries)
-                if (all[i].reached[size_t(entry.column)]) taps[i].entries.push_back(entry);
-            const std::vector<Entry>& entries = taps[i].entries;
-            taps[i].low = entries.empty() ? 0 : -entries.front().source_y;
-            taps[i].high = entries.empty() ? g.source_h : g.source_h - entries.back().source_y;
-            taps[i].end = entries.size() + 1;  // no row's yet
-        }
+        for (size_t i = 0; i < all.size(); ++i) find_taps(channel->entries, all[i], &taps[i]);
     }
 
     // Row `y` of positions. The source's row r is at source + r * q.source.y, and so for the gradient; `to` is where
@@ -180,34 +167,41 @@ class DepthwiseRows {
         });
     }
 
-    // The taps of a row of positions; most rows have those of the row before.
-    void clip(int64_t row, Taps* taps) const {
-        const std::vector<Entry>& entries = taps->entries;
-        size_t first = 0, end = entries.size();
-        if (taps->first == 0 && taps->end == end && row >= taps->low && row < taps->high) return;
-        while (first < end && row + entries[first].source_y < 0) ++first;
-        while (first < end && row + entries[end - 1].source_y >= g.source_h) --end;
-        if (first == taps->first && end == taps->end) return;
-        taps->first = first;
-        taps->end = end;
-        taps->window = g.batch % kLanes == 0 ? window_of(entries, first, end) : nullptr;
-        taps->list.resize(end - first);
-        for (size_t i = 0; i < end - first; ++i) {
-            const Entry& entry = entries[first + i];
-            taps->list[i] = {entry.source_y * q.source.y + entry.source_x * q.source.x, entry.weight, entry.index};
-            if (taps->window) taps->weights[i] = entry.weight;
+    void find_taps(const std::vector<Entry>& entries, const Stretch& stretch, Taps* taps) const {
+        taps->all.clear();
+        taps->y.clear();
+        bool gap = false;
+        int64_t x = 0;  // of the source of the first
+        taps->width = 0;
+        for (const Entry& entry : entries) {
+            if (!stretch.reached[size_t(entry.column)]) continue;
+            const int64_t number = int64_t(taps->all.size());
+            if (number == 0) x = entry.source_x;
+            if (number == 0 || (entry.source_y == taps->y[0] && taps->width == number)) ++taps->width;
+            gap |= number > 0 &&
+                   (entry.source_y != taps->y[0] + number / taps->width || entry.source_x != x + number % taps->width);
+            taps->all.push_back(
+                {entry.source_y * q.source.y + entry.source_x * q.source.x, entry.weight, entry.index});
+            taps->y.push_back(entry.source_y);
         }
+        const bool none = taps->all.empty();
+        if (none || gap || int64_t(taps->all.size()) % taps->width != 0 || g.batch % kLanes != 0) taps->width = 0;
+        taps->low = none ? 0 : -taps->y.front();
+        taps->high = none ? g.source_h : g.source_h - taps->y.back();
+        taps->end = taps->all.size() + 1;  // no row's yet
     }
 
-    const WindowKernels<T>* window_of(const std::vector<Entry>& entries, size_t first, size_t end) const {
-        if (first == end) return nullptr;
-        const int64_t y = entries[first].source_y, x = entries[first].source_x;
-        int64_t height = 0, width = 0;
-        while (first + size_t(width) < end && entries[first + size_t(width)].source_y == y) ++width;
-        for (size_t i = first; i < end; ++height)
-            for (int64_t column = 0; column < width; ++column, ++i)
-                if (i == end || entries[i].source_y != y + height || entries[i].source_x != x + column) return nullptr;
-        return find_window<T>(height, width, g.step_x);
+    // The taps of a row of positions; most rows have those of the row before. Whole rows of a rectangle are one, too.
+    void clip(int64_t row, Taps* taps) const {
+        size_t first = 0, end = taps->all.size();
+        if (taps->first == 0 && taps->end == end && row >= taps->low && row < taps->high) return;
+        while (first < end && row + taps->y[first] < 0) ++first;
+        while (first < end && row + taps->y[end - 1] >= g.source_h) --end;
+        taps->first = first;
+        taps->end = end;
+        taps->window = taps->width > 0 && first < end
+                           ? find_window<T>(int64_t(end - first) / taps->width, taps->width, g.step_x)
+                           : nullptr;
     }
     WindowRow<T> window_row(const Stretch& stretch, const T* from, T* to, const T* grad, int64_t step) const {
         return {from, q.source.y, q.source.x, to, grad, step, stretch.end - stretch.first, g.batch};
@@ -217,8 +211,8 @@ class DepthwiseRows {
     struct Runs {
         int64_t count, length, from_step, to_step;
     };
-    Runs runs(const Stretch& stretch, const View& to, int64_t to_step) const {
-        const int64_t positions = stretch.end - stretch.first, from = g.step_x * q.source.x, step = to_step * to.x;
+    Runs runs(const Stretch& stretch, int64_t step) const {
+        const int64_t positions = stretch.end - stretch.first, from = g.step_x * q.source.x;
         if (from == g.batch && step == g.batch) return {1, positions * g.batch, 0, 0};
         return {positions, g.batch, from, step};
     }
@@ -227,11 +221,10 @@ class DepthwiseRows {
                     T* dest) const {
         const View& d = q.dest;
         const Plane& p = q.planes[channel.plane];
-        const Runs r = runs(stretch, d, g.dest_step_x);
         T* to = dest + (p.dest_y + y * g.dest_step_y) * d.y + (p.dest_x + stretch.first * g.dest_step_x) * d.x;
         const int64_t step = g.dest_step_x * d.x;
-        if (q.result != nullptr) return write_finished(channel.number, stretch, taps, from, to, r, step);
-        write_sums(channel.number, stretch, taps, from, to, r, step, bypass);
+        if (q.result != nullptr) return write_finished(channel.number, stretch, taps, from, to, step);
+        write_sums(channel.number, stretch, taps, from, to, step, bypass);
     }
 
     static float* as_floats(float* run, int64_t) { return run; }
@@ -242,14 +235,13 @@ class DepthwiseRows {
         return floats;
     }
     // With what follows a product's sums; a row of them waits in the first-level cache.
-    void write_finished(int64_t channel, const Stretch& stretch, const Taps& taps, const T* from, T* to, Runs staged,
+    void write_finished(int64_t channel, const Stretch& stretch, const Taps& taps, const T* from, T* to,
                         int64_t step) const {
         const int64_t positions = stretch.end - stretch.first;
         thread_local Scratch scratch;
         // As they would be stored, and as floats: one place where these are the same.
         T* stage = scratch.of<T>(size_t(positions * g.batch));
-        staged.to_step = g.batch;
-        write_sums(channel, stretch, taps, from, stage, staged, g.batch, false);
+        write_sums(channel, stretch, taps, from, stage, g.batch, false);
         const int64_t pieces = step == g.batch ? 1 : positions, length = positions * g.batch / pieces;
         with_result<T>(q, [&](auto result) {
             for (int64_t i = 0; i < pieces; ++i, to += step, stage += length) {
@@ -260,16 +252,18 @@ class DepthwiseRows {
         });
     }
 
-    void write_sums(int64_t channel, const Stretch& stretch, const Taps& taps, const T* from, T* to, const Runs& r,
-                    int64_t step, bool bypass) const {
+    // `step`: from one position's sums to the next one's.
+    void write_sums(int64_t channel, const Stretch& stretch, const Taps& taps, const T* from, T* to, int64_t step,
+                    bool bypass) const {
         const float bias = q.bias ? q.bias[channel] : 0.0f;
         if (taps.window) {
             // Parts of lines that do not follow one another are better not stored around the caches.
             const bool around = bypass && aligned_for_vectors(to) && step % kLanes == 0 &&
                                 (step == g.batch || g.batch * sizeof(T) % 64 == 0);
-            return taps.window->sums(window_row(stretch, from + taps.list[0].offset, to, nullptr, step), taps.weights,
+            return taps.window->sums(window_row(stretch, from + taps.begin()->offset, to, nullptr, step), taps.begin(),
                                      bias, around);
         }
+        const Runs r = runs(stretch, step);
         using Kernel = decltype(&write_vectors<T, 1>);
         static constexpr Kernel write[] = {nullptr,
                                            write_vectors<T, 1>,
@@ -285,13 +279,13 @@ class DepthwiseRows {
             int64_t lane = 0;
             while (lane + kLanes <= r.length) {  // several vectors at a time, whose sums do not wait for each other
                 const int64_t vectors = std::min<int64_t>((r.length - lane) / kLanes, 8);
-                write[vectors](taps.list, from + i * r.from_step + lane, bias, to + lane, around);
+                write[vectors](taps.begin(), taps.count(), from + i * r.from_step + lane, bias, to + lane, around);
                 lane += vectors * kLanes;
             }
             for (; lane < r.length; ++lane) {
                 float total = bias;
-                for (const Tap& tap : taps.list)
-                    total += tap.weight * widen(from[tap.offset + i * r.from_step + lane]);
+                for (const Tap* tap = taps.begin(); tap < taps.begin() + taps.count(); ++tap)
+                    total += tap->weight * widen(from[tap->offset + i * r.from_step + lane]);
                 store_one(to + lane, total);
             }
         }
@@ -300,17 +294,15 @@ class DepthwiseRows {
     void add_products(int64_t y, const Stretch& stretch, const Taps& taps, const T* from, const T* grad_of_channel,
                       float* sums) const {
         const View& d = q.grad;
-        const Runs r = runs(stretch, d, 1);
         const T* grad = grad_of_channel + y * d.y + stretch.first * d.x;
         if (taps.window) {
-            float* places[kWindowTaps];
-            for (size_t i = 0; i < taps.list.size(); ++i) places[i] = sums + taps.list[i].index * kLanes;
-            taps.window->products(window_row(stretch, from + taps.list[0].offset, nullptr, grad, d.x), places);
-            return;
+            return taps.window->products(window_row(stretch, from + taps.begin()->offset, nullptr, grad, d.x),
+                                         taps.begin(), sums);
         }
-        for (size_t first = 0; first < taps.list.size(); first += kMaxTogether) {
-            const int count = int(std::min<size_t>(kMaxTogether, taps.list.size() - first));
-            add_some(taps.list.data() + first, count, from, grad, r, sums,
+        const Runs r = runs(stretch, d.x);
+        for (size_t first = 0; first < taps.count(); first += kMaxTogether) {
+            const int count = int(std::min<size_t>(kMaxTogether, taps.count() - first));
+            add_some(taps.begin() + first, count, from, grad, r, sums,
                      std::make_integer_sequence<int, kMaxTogether>());
         }
     }

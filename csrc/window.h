@@ -10,7 +10,12 @@
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 
-constexpr int kWindowTaps = 25;  // of the largest window
+// A nonzero at the positions that it reaches.
+struct Tap {
+    int64_t offset;  // from the position's own place in the source
+    float weight;
+    int32_t index;  // among the channel's nonzeros
+};
 
 // Positions of one row that a window's taps all reach. Distances in elements.
 template <class T>
@@ -31,7 +36,7 @@ struct WindowBlock {
     static constexpr int kLine = sizeof(vec) == kLanes * sizeof(T) ? 1 : 2;  // vectors that a fetch brings
     static constexpr int64_t kAhead = 4096 / sizeof(T);                      // what comes while memory answers
 
-    SPARSE_FT_INLINE static void sums(const WindowRow<T>& r, const T* x, const float* weights, float bias, T* to,
+    SPARSE_FT_INLINE static void sums(const WindowRow<T>& r, const T* x, const Tap* taps, float bias, T* to,
                                       bool around) {
         vec total[V * L];
         fetch_source(r, x);
@@ -46,7 +51,8 @@ struct WindowBlock {
                     const vec value = in_register(load(x + c * r.source_column + l * kLanes));
 #pragma GCC unroll 8
                     for (int v = 0; v < V; ++v)
-                        if (c >= v * S && c < v * S + W) total[v * L + l] += splat(weights[h * W + c - v * S]) * value;
+                        if (c >= v * S && c < v * S + W)
+                            total[v * L + l] += splat(taps[h * W + c - v * S].weight) * value;
                 }
 #pragma GCC unroll 8
         for (int i = 0; i < V * L; ++i) {
@@ -93,20 +99,21 @@ template <class T, int H, int W, int S>
 struct Window {
     static constexpr int kVectors = kLanes == 16 && H * W <= 9 ? 8 : 4;  // of a block: as many as leave registers
 
-    static void sums(const WindowRow<T>& r, const float* weights, float bias, bool around) {
+    static void sums(const WindowRow<T>& r, const Tap* taps, float bias, bool around) {
         each_block(r, [&](auto block, int64_t from, int64_t to) __attribute__((always_inline)) {
-            decltype(block)::sums(r, r.source + from, weights, bias, r.to + to, around);
+            decltype(block)::sums(r, r.source + from, taps, bias, r.to + to, around);
         });
     }
-    static void products(const WindowRow<T>& r, float* const* sums) {
+    // Added to `sums`, a vector for each of the channel's nonzeros.
+    static void products(const WindowRow<T>& r, const Tap* taps, float* sums) {
         vec total[H * W];
 #pragma GCC unroll 25
-        for (int k = 0; k < H * W; ++k) total[k] = load(sums[k]);
+        for (int k = 0; k < H * W; ++k) total[k] = load(sums + taps[k].index * kLanes);
         each_block(r, [&](auto block, int64_t from, int64_t grad) __attribute__((always_inline)) {
             decltype(block)::products(r, r.source + from, r.grad + grad, total);
         });
 #pragma GCC unroll 25
-        for (int k = 0; k < H * W; ++k) store(sums[k], total[k]);
+        for (int k = 0; k < H * W; ++k) store(sums + taps[k].index * kLanes, total[k]);
     }
 
   private:
@@ -139,8 +146,8 @@ struct Window {
 
 template <class T>
 struct WindowKernels {
-    void (*sums)(const WindowRow<T>&, const float* weights, float bias, bool around);
-    void (*products)(const WindowRow<T>&, float* const* sums);  // added to H * W vectors
+    void (*sums)(const WindowRow<T>&, const Tap*, float bias, bool around);
+    void (*products)(const WindowRow<T>&, const Tap*, float* sums);
 };
 
 template <class T, int H, int W, int S>
