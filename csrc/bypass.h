@@ -11,17 +11,6 @@ namespace sparse_ft {
 
 constexpr int64_t kBypassBytes = 4 << 20;  // a larger result is gone from the caches before it is read again
 
-// A larger source comes from memory, however soon it is read after it was written.
-#if defined(SPARSE_FT_FUZZ)
-constexpr int64_t kFarBytes = 2 << 10;  // so that inputs of the fuzzer's size are on both sides of it
-#else
-constexpr int64_t kFarBytes = 16 << 20;
-#endif
-
-inline int64_t source_bytes(const Product& q) {
-    const Geometry& g = q.geometry;
-    return g.source_h * g.source_w * g.batch * g.groups * g.channels_per_group * element_bytes(q.element);
-}
 inline int64_t result_bytes(const Product& q) {
     int64_t positions = 0;
     for (int64_t i = 0; i < q.plane_count; ++i) positions += q.planes[i].height * q.planes[i].width;

@@ -2,11 +2,8 @@
 // takes one after another. A run's lines follow one another in memory, which answers twice as fast so as line by line
 // from channel to channel.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 #include <vector>
-
-#include "api.h"
 
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {

@@ -2,7 +2,6 @@
 #pragma once
 #include <unistd.h>
 
-#include "bypass.h"
 #include "panel.h"
 #include "transpose.h"
 
@@ -58,6 +57,18 @@ inline TileLimits generated_limits(const Product& q) {
     }
     // A chunk of a gather product reads the same lines of all channels, one position after another.
     return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, bytes, true, 0, true, !q.value_grad};
+}
+
+// A larger source comes from memory, however soon it is read after it was written.
+#if defined(SPARSE_FT_FUZZ)
+constexpr int64_t kFarBytes = 2 << 10;  // so that inputs of the fuzzer's size are on both sides of it
+#else
+constexpr int64_t kFarBytes = 16 << 20;
+#endif
+
+inline int64_t source_bytes(const Product& q) {
+    const Geometry& g = q.geometry;
+    return g.source_h * g.source_w * g.batch * g.groups * g.channels_per_group * element_bytes(q.element);
 }
 
 // Whether a gather product reads its source where it lies: a 1 x 1 convolution without stride has nothing to gain from

@@ -251,7 +251,7 @@ class GeneratedSampled {
         return block;
     }
 
-    // Of nonzeros [j, j + count), which may be a vector.
+    // The gradients of nonzeros [j, j + count), at most a vector: every tile part's sum of each.
     void write_totals(int64_t j, int count) const {
         const __mmask16 there = __mmask16((1u << count) - 1);
         const __m512i slot = _mm512_maskz_loadu_epi32(there, program->slot.data() + j);

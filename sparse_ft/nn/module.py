@@ -88,7 +88,7 @@ class SparseModule(nn.Module):
 
     def native_reason(self, x: Tensor | None = None) -> str | None:
         """None if the layer (given input `x`) runs on the native kernels, otherwise why not."""
-        return native_reason(x, weights=(self.weight, self.bias))
+        return native_reason(x, weights=(parameter_of(self, "weight"), parameter_of(self, "bias")))
 
     def _give(self) -> Tensor:
         """The dense weight for a state dict.
@@ -124,9 +124,6 @@ class SparseModule(nn.Module):
         self._take_back()
         if self._reported or x.device.type != "cpu":
             return
-        weight = parameter_of(self, "weight")
-        if x.dtype is weight.dtype is torch.float32 and weight.is_cpu and parameter_of(self, "bias") is None:
-            return  # as it usually is
         reason = self.native_reason(x)
         if reason:
             self._reported = True

@@ -123,11 +123,11 @@ def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilatio
 def test_moments_of_results_whose_source_is_read_where_it_lies(threads):
     torch.manual_seed(threads)
     torch.set_num_threads(threads)
-    weight = _sparse((40, 24, 1, 1), 0.3)
-    weight[3:33] = 0  # a chunk of rows without a nonzero
+    weight = _sparse((60, 24, 1, 1), 0.3)
+    weight[20:40] = 0  # the second of three chunks of rows: no nonzero
     pattern, values = ops.SparsePattern.build(weight)
     x = native.to_layout(torch.randn(16, 24, 110, 100), native.BATCH_LAST)
-    geometry = ((40, 24, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    geometry = ((60, 24, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
     moments = Moments()
     y = native.conv2d(x, values, None, pattern.tensors, geometry, moments=moments)
     _close(y, F.conv2d(x.double(), weight.double()))
