@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "api.h"
+#include "block.h"
 #include "convolution.h"
 #include "dispatch.h"
 #include "edge.h"
@@ -85,6 +86,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("block", [](int element, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
         return new_tensor(element_of(element), shape, strides).object;
     });
+    m.def("keep_blocks", &keep_blocks);
+    m.def("release_blocks", &release_blocks);
     m.def("threads", &threads_for);
     m.def("untransformed", &untransformed);
     m.def("unwatched", &unwatched);

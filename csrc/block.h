@@ -1,8 +1,13 @@
-// Memory for large tensors.
+// Memory for results.
 //
 // torch allocates with posix_memalign. There glibc (before 2.38 at least) asks for the size and a little more, so that
 // a freed block never fits a request of its own size: the heap of a training step grows to about twice what is in use.
 // Blocks from malloc, aligned here, are found again.
+//
+// Large ones that are freed are kept for the next results of about their size: an allocator hands them back to the
+// system (glibc from 32 MB on, whatever it has learned), and then every page of the next one costs a fault. With those
+// in use they take at most a quarter more than ever was in use at once: without that quarter, blocks of one size would
+// be given back for those of another in every pass.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -40,5 +45,8 @@ struct DLManagedTensorVersioned {
 // An uninitialised tensor on CPU; sizes and strides in elements must be of a dense one. Null: no memory.
 DLManagedTensorVersioned* make_block(Element element, const std::vector<int64_t>& shape,
                                      const std::vector<int64_t>& strides);
+
+void keep_blocks(bool keep);  // whether large blocks are kept: they are, from the start
+int64_t release_blocks();     // gives the kept ones back; how many bytes that were
 
 }  // namespace sparse_ft

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks import channels, depthwise, inference, kernels, memory, page, swat, training
+from benchmarks import channels, depthwise, inference, kernels, memory, page, plain, swat, training
 from benchmarks.case import Case, Settings
 from benchmarks.machine import machine
 
@@ -25,7 +25,7 @@ from sparse_ft.memory import keep_freed_memory
 
 
 def all_cases() -> dict[str, Case]:
-    modules = (kernels, depthwise, training, inference, memory, swat, channels)
+    modules = (kernels, depthwise, training, inference, memory, plain, swat, channels)
     return {case.name: case for module in modules for case in module.cases()}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparse_ft.memory import keep_freed_memory
+from sparse_ft.memory import keep_freed_memory, return_freed_memory
 from sparse_ft.nn import SparseModule
 from sparse_ft.steps import call, loss_of, make_optimizer, mixed_precision, training_step
 
@@ -60,7 +60,7 @@ def measure_footprint(variant: "Variant", *, optimizer: str = "sgd", keep_memory
 
     Args:
         optimizer: "sgd" (momentum) or "adamw".
-        keep_memory: with `keep_freed_memory`, as in this process.
+        keep_memory: with `keep_freed_memory`, as in this process; otherwise all freed memory goes back.
 
     Raises:
         RuntimeError: the process failed; the message has its last line.
@@ -85,6 +85,8 @@ def _measure(path: str) -> Footprint:
     torch.set_num_threads(task["threads"])
     if task["keep_memory"]:
         keep_freed_memory()
+    else:
+        return_freed_memory()
     model, batch, bf16 = task["model"], task["batch"], task["bf16"]
     optimizer = make_optimizer(model, task["optimizer"])
     step = training_step(model, batch, optimizer, bf16=bf16)

@@ -58,7 +58,7 @@ from sparse_ft.interrupt import InterruptRequest, TrainingInterrupted
 from sparse_ft.live import LiveForms, native_layers
 from sparse_ft.masks import mask_state, sparsity
 from sparse_ft.masks.targets import typed_layers
-from sparse_ft.memory import keep_freed_memory
+from sparse_ft.memory import keep_freed_memory, return_freed_memory
 from sparse_ft.nn import FrozenMasks, SparseModule, freeze_masks
 from sparse_ft.parallel import Replicas, convert_alike, ignore_patterns
 from sparse_ft.randomness import preserved_random_state
@@ -345,6 +345,8 @@ class SparseTrainer(Trainer):
             check_checkpoint(resume_from_checkpoint)
         if self.args.keep_freed_memory:
             self.announce(str(keep_freed_memory()))
+        else:
+            return_freed_memory()
         self._checkpoint_state = self._checkpoint_session = self.session = None
         self._recipe_masks = {}
         with self._interrupt:

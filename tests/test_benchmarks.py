@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 import bench  # noqa: E402
-from benchmarks import channels, depthwise, inference, kernels, memory, models, page, swat, training  # noqa: E402
+from benchmarks import channels, depthwise, inference, kernels, memory, models, page, plain, swat, training  # noqa: E402
 from benchmarks.case import Case, Settings  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 
 SETTINGS = Settings(threads=1, rounds=1)
 TINY = models.Workload("test_resnet", 0.95, 2, 32)
-MODULES = (kernels, depthwise, training, inference, memory, swat, channels)
+MODULES = (kernels, depthwise, training, inference, memory, plain, swat, channels)
 CASES = [case for module in MODULES for case in module.cases()]
 
 
@@ -34,7 +34,7 @@ def alone(tmp_path, monkeypatch):
 
 def test_cases_have_names_of_their_own():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 34
+    assert len(set(names)) == len(names) == 37
     assert len([name for name in names if re.match(r"train/.*-70-", name)]) == 6
 
 
@@ -78,6 +78,13 @@ def figures():
             "title": "tiny", "native": 3, "layers": 4, "note": "",
             "ms": {"sparse": 2.0, "dense contiguous": 3.0, "dense channels_last": 4.0,
                    "dense bf16 channels_last": 5.0, "onnxruntime": 1.0},
+        }  # fmt: skip
+        patch.setattr(plain, "TURN_S", 0.0)
+        found["plain/tiny"] = plain.measure("training", TINY, SETTINGS)
+        found["plain/fast"] = {
+            "title": "fast", "what": "forward",
+            "ms": {"sparse": 10.0, "sparse, nothing kept": 25.0,
+                   "dense contiguous": 40.0, "dense channels_last": 30.0},
         }  # fmt: skip
         found["swat/tiny"] = swat.measure(models.Workload("test_resnet", 0.9, 8, 32), SETTINGS)
         patch.setattr(channels, "KEEP", (0.5,))
@@ -137,6 +144,7 @@ def test_tables(sections):
     assert "against onnxruntime (0.50)" in sections["inference"]
     assert "| 0.100 | 0.0 | 512 | 0.50 |" in sections["memory"]
     assert "| 50% of the channels, one | 0.250 | 20 | 2.00 | 3.00 | 0.67 |" in sections["channels"]
+    assert "| forward, fast | 40 / 30 | 25 | 10 | 2.50 | 3.00 |" in sections["plain"]
     assert "| torch CSR |" in sections["linear"] and "weight gradient, GF/s (share of peak)" in sections["linear"]
     assert "1.00 / 1.00 / 1.00" in sections["convolutions"]
     assert "(10.0%)" in sections["swat"] and "tiny, 90%, batch 8, 32²" in sections["swat"]

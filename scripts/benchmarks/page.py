@@ -29,6 +29,8 @@ def sections(results: dict) -> dict[str, str]:
         texts["inference"] = _inference(rows)
     if rows := those("memory/"):
         texts["memory"] = "\n\n".join(map(_memory, rows))
+    if rows := those("plain/"):
+        texts["plain"] = _plain(rows)
     if rows := those("swat/"):
         texts["swat"] = _swat(rows)
     if rows := those("channels/"):
@@ -197,6 +199,23 @@ def _memory(case: dict) -> str:
         "sparse indices", "peak of the process", "of dense fp32",
     ]  # fmt: skip
     return table(headers, rows)
+
+
+def _plain(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        ms = row["ms"]
+        dense = [time for name, time in ms.items() if name.startswith("dense")]
+        lines.append([
+            f"{row['what']}, {row['title']}", " / ".join(f"{time:.0f}" for time in dense),
+            f"{ms['sparse, nothing kept']:.0f}", f"{ms['sparse']:.0f}",
+            f"{ms['sparse, nothing kept'] / ms['sparse']:.2f}", f"{min(dense) / ms['sparse']:.2f}",
+        ])  # fmt: skip
+    headers = [
+        "malloc as it is", "dense fp32, ms (contiguous / channels_last)", "sparse, nothing kept, ms", "sparse, ms",
+        "× nothing kept", "× dense fp32",
+    ]  # fmt: skip
+    return table(headers, lines)
 
 
 def _channels(case: dict) -> str:

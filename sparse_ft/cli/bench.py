@@ -53,13 +53,15 @@ def run(args: argparse.Namespace) -> None:
     from sparse_ft.bench import benchmark
     from sparse_ft.cli.models import example_batch, load_or_create
     from sparse_ft.footprint import can_measure
-    from sparse_ft.memory import keep_freed_memory
+    from sparse_ft.memory import keep_freed_memory, return_freed_memory
     from sparse_ft.report.speed import plot_benchmark
 
     with options.figures_only(args.json) as out:
         if args.threads:
             torch.set_num_threads(args.threads)
-        if not args.no_keep_memory:
+        if args.no_keep_memory:
+            return_freed_memory()
+        else:
             print(keep_freed_memory(), file=sys.stderr)
         model = load_or_create(args)
         if args.sparsity is not None:

@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,6 +100,70 @@ if keep_freed_memory().active:
     assert resident() - before < 32 << 20, (before, resident())
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_freed_block_is_kept_for_the_next_result_of_about_its_size():
+    megabyte = 1 << 18  # in floats
+    like = torch.zeros(1)
+    _native.release_blocks()
+    place = allocation.empty(like, 40 * megabyte).data_ptr()
+    assert allocation.empty(like, 24 * megabyte).data_ptr() == place
+    assert allocation.empty(like, 40 * megabyte).data_ptr() == place
+    assert _native.release_blocks() >= 40 << 20
+    assert _native.release_blocks() == 0
+    allocation.empty(like, 40 * megabyte)
+    held = allocation.empty(like, 4 * megabyte)  # a tenth: the block is not for it
+    assert _native.release_blocks() >= 40 << 20 and held.numel()
+
+
+def test_blocks_that_are_kept_do_not_pile_up():
+    """With those in use they take a quarter more than was in use at most."""
+    like = torch.zeros(1)
+    _native.release_blocks()
+    for megabytes in (3, 64, 5, 31, 9, 17, 40, 2, 25, 64, 12):
+        allocation.empty(like, megabytes << 18)
+    assert 64 << 20 <= _native.release_blocks() <= 81 << 20
+
+
+def test_blocks_of_several_threads():
+    like = torch.zeros(1)
+
+    def work(number: int) -> None:
+        for i in range(200):
+            sizes = [(1 + (i * number + k) % 5) << 18 for k in range(4)]
+            blocks = [allocation.empty(like, size).fill_(number) for size in sizes]
+            assert all(bool((block[:: 1 << 16] == number).all()) for block in blocks)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(1, 5)))
+    _native.release_blocks()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults")
+def test_passes_do_not_pay_for_pages_again():
+    """In a process of its own, where no other setting has been made."""
+    code = """
+import resource, torch
+from sparse_ft.memory import release_memory, return_freed_memory
+from sparse_ft.ops import allocation
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = torch.zeros(1)
+    for megabytes in (49, 49, 98, 25, 49, 49, 12):  # each the result of a layer, whose input is the one before
+        x = allocation.empty(x, megabytes << 18).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+kept = [faults() for _ in range(3)][-1]
+assert release_memory() >= 98 << 20
+return_freed_memory()
+returned = [faults() for _ in range(3)][-1]
+assert release_memory() == 0
+print(kept, returned)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    kept, returned = map(int, done.stdout.split())
+    assert kept < returned / 10
 
 
 def _resident() -> int:
