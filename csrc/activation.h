@@ -125,7 +125,7 @@ struct GeluTanh {  // v (1 + tanh u) / 2 = v sigmoid(2u), u = sqrt(2 / pi) (v + 
 
 // Calls body with the activation's type.
 template <class Body>
-void with_activation(Activation activation, Body body) {
+void with_activation(Activation activation, const Body& body) {
     switch (activation) {
         case Activation::kIdentity:
             return body(Identity{});

@@ -2,6 +2,7 @@
 // reads a few rows of its own channel, which stay in the first-level cache. No packing.
 #pragma once
 #include <algorithm>
+#include <atomic>
 
 #include "bypass.h"
 #include "panel.h"
@@ -56,10 +57,13 @@ class DepthwiseRows {
     // One channel of one plane, while its rows are computed.
     class Channel {
         friend class DepthwiseRows;
+        uint64_t rows = 0;  // whose it is: a thread keeps it between calls
         int64_t plane, number;
+        std::vector<int32_t> columns;  // of its nonzeros
         std::vector<Entry> entries;
         std::vector<Taps> taps;
         std::vector<float> sums;  // of products, a vector each
+        Scratch stage, floats;    // a row of sums; the same as floats
     };
 
     // `around`: whether sums go to memory around the caches, where they lie so that they can.
@@ -87,12 +91,21 @@ class DepthwiseRows {
     void begin(int64_t plane, int64_t number, Channel* channel) const {
         const Plane& p = q.planes[plane];
         const int32_t first = p.row_ptr[number], end = p.row_ptr[number + 1];
-        channel->plane = plane;
-        channel->number = number;
-        find_entries(p, first, end, &channel->entries);
-        channel->sums.assign(q.value_grad ? size_t(end - first) * kLanes : 0, 0.0f);
         const std::vector<Stretch>& all = stretches[size_t(plane)];
         std::vector<Taps>& taps = channel->taps;
+        const bool alike = channel->rows == id && channel->plane == plane &&
+                           std::equal(q.col + first, q.col + end, channel->columns.begin(), channel->columns.end());
+        channel->rows = id;
+        channel->plane = plane;
+        channel->number = number;
+        channel->sums.assign(q.value_grad ? size_t(end - first) * kLanes : 0, 0.0f);
+        if (alike) {  // as most are: the taps lie as the last channel's
+            for (size_t i = 0; i < all.size(); ++i)
+                for (Tap& tap : taps[i].all) tap.weight = value_of(first + tap.index);
+            return;
+        }
+        channel->columns.assign(q.col + first, q.col + end);
+        find_entries(p, first, end, &channel->entries);
         if (taps.size() < all.size()) taps.resize(all.size());
         for (size_t i = 0; i < all.size(); ++i) find_taps(channel->entries, all[i], &taps[i]);
     }
@@ -100,9 +113,18 @@ class DepthwiseRows {
     // Row `y` of positions. The source's row r is at source + r * q.source.y, and so for the gradient; `to` is where
     // the channel's destination begins.
     void sums(int64_t y, const T* source, T* to, Channel* channel) const {
+        const Plane& p = q.planes[channel->plane];
+        T* row = to + (p.dest_y + y * g.dest_step_y) * q.dest.y + p.dest_x * q.dest.x;
+        const int64_t dest_step = g.dest_step_x * q.dest.x;
+        // Where something follows the sums, a row of them waits for it in the first-level cache.
+        const bool staged = q.result != nullptr;
+        T* const stage = staged ? channel->stage.template of<T>(size_t(p.width * g.batch)) : nullptr;
+        T* const sums = staged ? stage : row;
+        const int64_t step = staged ? g.batch : dest_step;
         each_stretch(y, source, channel, [&](const Stretch& stretch, const Taps& taps, const T* from) {
-            write_sums(*channel, y, stretch, taps, from, to);
+            write_sums(channel->number, stretch, taps, from, sums + stretch.first * step, step, bypass && !staged);
         });
+        if (staged) finish_row(stage, row, dest_step, p.width, channel);
     }
     void products(int64_t y, const T* source, const T* grad, Channel* channel) const {
         each_stretch(y, source, channel, [&](const Stretch& stretch, const Taps& taps, const T* from) {
@@ -122,7 +144,11 @@ class DepthwiseRows {
     const Product& q;
     const Geometry& g;
     const bool bypass;
+    static inline std::atomic<uint64_t> made{0};
+    const uint64_t id = ++made;
     std::vector<std::vector<Stretch>> stretches;  // of each plane
+
+    float value_of(int32_t j) const { return q.values ? q.values[q.perm ? q.perm[j] : j] : 0.0f; }
 
     std::vector<Stretch> cut(const Plane& p) const {
         // Kernel column k reaches the positions [first[k], end[k]): those whose source lies within the width.
@@ -145,7 +171,7 @@ class DepthwiseRows {
     }
 
     template <class Body>
-    void each_stretch(int64_t y, const T* source, Channel* channel, Body body) const {
+    void each_stretch(int64_t y, const T* source, Channel* channel, const Body& body) const {
         const std::vector<Stretch>& all = stretches[size_t(channel->plane)];
         const int64_t row = y * g.step_y;
         for (size_t i = 0; i < all.size(); ++i) {
@@ -158,8 +184,7 @@ class DepthwiseRows {
         entries->clear();
         for (int32_t j = begin; j < end; ++j) {
             const int64_t row = q.col[j] / g.taps_w, column = q.col[j] % g.taps_w;
-            entries->push_back({p.tap_y[row], p.tap_x[column], column,
-                                q.values ? q.values[q.perm ? q.perm[j] : j] : 0.0f, j - begin});
+            entries->push_back({p.tap_y[row], p.tap_x[column], column, value_of(j), j - begin});
         }
         // In the order of the source, which is that of a window's taps; an input gradient's entries come backwards.
         std::sort(entries->begin(), entries->end(), [](const Entry& a, const Entry& b) {
@@ -217,36 +242,20 @@ class DepthwiseRows {
         return {positions, g.batch, from, step};
     }
 
-    void write_sums(const Channel& channel, int64_t y, const Stretch& stretch, const Taps& taps, const T* from,
-                    T* dest) const {
-        const View& d = q.dest;
-        const Plane& p = q.planes[channel.plane];
-        T* to = dest + (p.dest_y + y * g.dest_step_y) * d.y + (p.dest_x + stretch.first * g.dest_step_x) * d.x;
-        const int64_t step = g.dest_step_x * d.x;
-        if (q.result != nullptr) return write_finished(channel.number, stretch, taps, from, to, step);
-        write_sums(channel.number, stretch, taps, from, to, step, bypass);
-    }
-
-    static float* as_floats(float* run, int64_t) { return run; }
-    static float* as_floats(const Bf16* run, int64_t length) {
-        thread_local Scratch scratch;
-        float* floats = scratch.floats(size_t(length));
+    static float* as_floats(float* run, int64_t, Channel*) { return run; }
+    static float* as_floats(const Bf16* run, int64_t length, Channel* channel) {
+        float* floats = channel->floats.floats(size_t(length));
         read_run(run, floats, length);
         return floats;
     }
-    // With what follows a product's sums; a row of them waits in the first-level cache.
-    void write_finished(int64_t channel, const Stretch& stretch, const Taps& taps, const T* from, T* to,
-                        int64_t step) const {
-        const int64_t positions = stretch.end - stretch.first;
-        thread_local Scratch scratch;
-        // As they would be stored, and as floats: one place where these are the same.
-        T* stage = scratch.of<T>(size_t(positions * g.batch));
-        write_sums(channel, stretch, taps, from, stage, g.batch, false);
+    // What follows a product's sums, and their way to the destination. `sums`: of a row of positions, as they would be
+    // stored; `step`: from one position's to the next one's at `to`.
+    void finish_row(T* sums, T* to, int64_t step, int64_t positions, Channel* channel) const {
         const int64_t pieces = step == g.batch ? 1 : positions, length = positions * g.batch / pieces;
-        with_result<T>(q, [&](auto result) {
-            for (int64_t i = 0; i < pieces; ++i, to += step, stage += length) {
-                float* results = as_floats(stage, length);
-                result.finish(channel, results, to - static_cast<T*>(q.dest.data), length);
+        with_result<T>(q, [&](const auto& result) {
+            for (int64_t i = 0; i < pieces; ++i, to += step, sums += length) {
+                float* results = as_floats(sums, length, channel);
+                result.finish(channel->number, results, to - static_cast<T*>(q.dest.data), length);
                 write_run(to, results, length, bypass);
             }
         });

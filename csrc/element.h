@@ -8,7 +8,7 @@ namespace sparse_ft {
 
 // Calls body with a value of the type that elements have.
 template <class Body>
-decltype(auto) with_element(Element element, Body body) {
+decltype(auto) with_element(Element element, const Body& body) {
     return element == Element::kFloat ? body(float{}) : body(Bf16{});
 }
 

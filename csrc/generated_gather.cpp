@@ -414,12 +414,14 @@ class GeneratedGather {
         int64_t first() const { return column * all + group; }  // vector of a row
     };
 
-    // Slices whose results wait in the first-level cache until they are written.
+    // Slices whose results wait in the first-level cache until they are written: if that has room for all samples of a
+    // position, no slice has less, and what is written of a row is one run.
     template <class Body>
     static void for_each_slice(const Tile& tile, int64_t columns, int64_t groups, bool follow, int64_t chunk_rows,
                                Body body) {
         const int64_t fit = std::max<int64_t>(kSliceBytes / (kLanes * 4 * chunk_rows), 1);
-        const int64_t parts = follow ? (columns + fit - 1) / fit : 1, widest = (columns + parts - 1) / parts;
+        const int64_t most = fit < groups ? fit : fit / groups;
+        const int64_t parts = follow ? (columns + most - 1) / most : 1, widest = (columns + parts - 1) / parts;
         const int64_t deepest = std::clamp<int64_t>(fit / widest, 1, groups);
         const int64_t rows = deepest < groups ? 1 : std::clamp<int64_t>(fit / (widest * groups), 1, tile.rows);
         for (int64_t r = 0; r < tile.rows; r += rows)

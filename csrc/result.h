@@ -37,7 +37,7 @@ struct Finished {
 
 // Calls body with what finishes the product's results, which are stored as T.
 template <class T, class Body>
-void with_result(const Product& q, Body body) {
+void with_result(const Product& q, const Body& body) {
     if (q.result == nullptr) return body(AsComputed{});
     with_activation(q.result->activation, [&](auto act) {
         using Act = decltype(act);
