@@ -60,6 +60,31 @@ def test_against_float64(isa, batch, channels, size, kernel, stride, padding, di
     close(value_grad, pattern.from_dense(dense.grad))
 
 
+@pytest.mark.parametrize("batch", [16, 5])
+def test_channels_with_and_without_the_taps_of_the_one_before(isa, batch):
+    """Where they are the same they are found once: the weights must be the channel's own, also in the next call."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    full, corner, none = torch.ones(9), torch.tensor([1.0, 1, 0, 1, 1, 0, 0, 0, 0]), torch.zeros(9)
+    for masks in ([full, full, corner, corner, full, none, none, full], [corner, full, full, none, corner, corner]):
+        channels = len(masks)
+        weight = torch.randn(channels, 1, 3, 3) * torch.stack(masks).view(channels, 1, 3, 3)
+        x = torch.randn(batch, channels, 6, 7).double().requires_grad_()
+        dense = weight.double().requires_grad_()
+        want = F.conv2d(x, dense, padding=1, groups=channels)
+        grad = torch.randn(want.shape)
+        want.backward(grad.double())
+        pattern, values = ops.SparsePattern.build(weight, padding=(1, 1), groups=channels)
+        geometry = (tuple(weight.shape), (1, 1), (1, 1, 1, 1), (1, 1), channels)
+        source, sink = (native.to_layout(t.detach().float(), native.BATCH_LAST) for t in (x, grad))
+        for got, wanted in (
+            (native.conv2d(source, values, None, pattern.tensors, geometry), want.detach()),
+            (native.conv2d_input_grad(sink, values, pattern.tensors, geometry, source.shape), x.grad),
+            (native.conv2d_weight_grad(sink, source, pattern.tensors, geometry), pattern.from_dense(dense.grad)),
+        ):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_missing_tap_reads_nothing(isa, dtype):
     """Lanes beyond the batch and columns beyond the image hold NaN here; none may leak in."""
