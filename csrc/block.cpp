@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 namespace sparse_ft {
 namespace {
@@ -50,10 +51,11 @@ class LargeBlocks {
         kept.push_back({memory, size});
         kept_bytes += size;
     }
-    void keep(bool wanted) {
+    bool keep(bool wanted) {
         const std::lock_guard<std::mutex> lock(mutex);
-        keeping = wanted;
+        const bool before = std::exchange(keeping, wanted);
         if (!keeping) release_all();
+        return before;
     }
     size_t release() {
         const std::lock_guard<std::mutex> lock(mutex);
@@ -139,7 +141,7 @@ DLManagedTensorVersioned* make_block(Element element, const std::vector<int64_t>
     return &block.release()->managed;
 }
 
-void keep_blocks(bool keep) { large_blocks().keep(keep); }
+bool keep_blocks(bool keep) { return large_blocks().keep(keep); }
 int64_t release_blocks() { return int64_t(large_blocks().release()); }
 
 }  // namespace sparse_ft

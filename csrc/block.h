@@ -46,7 +46,7 @@ struct DLManagedTensorVersioned {
 DLManagedTensorVersioned* make_block(Element element, const std::vector<int64_t>& shape,
                                      const std::vector<int64_t>& strides);
 
-void keep_blocks(bool keep);  // whether large blocks are kept: they are, from the start
+bool keep_blocks(bool keep);  // whether large blocks are kept, as they are from the start; whether they were
 int64_t release_blocks();     // gives the kept ones back; how many bytes that were
 
 }  // namespace sparse_ft

@@ -102,10 +102,19 @@ if keep_freed_memory().active:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_freed_block_is_kept_for_the_next_result_of_about_its_size():
+@pytest.fixture
+def kept():
+    """Other tests of this process may have ended it."""
+    before = _native.keep_blocks(True)
+    _native.release_blocks()
+    yield
+    _native.release_blocks()
+    _native.keep_blocks(before)
+
+
+def test_a_freed_block_is_kept_for_the_next_result_of_about_its_size(kept):
     megabyte = 1 << 18  # in floats
     like = torch.zeros(1)
-    _native.release_blocks()
     place = allocation.empty(like, 40 * megabyte).data_ptr()
     assert allocation.empty(like, 24 * megabyte).data_ptr() == place
     assert allocation.empty(like, 40 * megabyte).data_ptr() == place
@@ -116,16 +125,15 @@ def test_a_freed_block_is_kept_for_the_next_result_of_about_its_size():
     assert _native.release_blocks() >= 40 << 20 and held.numel()
 
 
-def test_blocks_that_are_kept_do_not_pile_up():
+def test_blocks_that_are_kept_do_not_pile_up(kept):
     """With those in use they take a quarter more than was in use at most."""
     like = torch.zeros(1)
-    _native.release_blocks()
     for megabytes in (3, 64, 5, 31, 9, 17, 40, 2, 25, 64, 12):
         allocation.empty(like, megabytes << 18)
     assert 64 << 20 <= _native.release_blocks() <= 81 << 20
 
 
-def test_blocks_of_several_threads():
+def test_blocks_of_several_threads(kept):
     like = torch.zeros(1)
 
     def work(number: int) -> None:
@@ -136,7 +144,6 @@ def test_blocks_of_several_threads():
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(1, 5)))
-    _native.release_blocks()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults")
