@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <utility>
 
 namespace sparse_ft {
@@ -48,8 +49,12 @@ class LargeBlocks {
         const std::lock_guard<std::mutex> lock(mutex);
         in_use -= size;
         if (!keeping) return std::free(memory);
-        kept.push_back({memory, size});
-        kept_bytes += size;
+        try {
+            kept.push_back({memory, size});
+            kept_bytes += size;
+        } catch (const std::bad_alloc&) {  // of the list; a tensor's end must not fail
+            std::free(memory);
+        }
     }
     bool keep(bool wanted) {
         const std::lock_guard<std::mutex> lock(mutex);
