@@ -33,7 +33,7 @@ class LargeBlocks {
             kept.erase(kept.begin() + int64_t(best));
         } else {
             const size_t most = std::max(most_in_use, in_use + *size);
-            while (!kept.empty() && in_use + kept_bytes + *size > most + most / 4) release_oldest();
+            while (!kept.empty() && in_use + kept_bytes + *size > most + most / 2) release_oldest();
             memory = std::malloc(*size);
             if (memory == nullptr) {
                 release_all();

@@ -6,8 +6,8 @@
 //
 // Large ones that are freed are kept for the next results of about their size: an allocator hands them back to the
 // system (glibc from 32 MB on, whatever it has learned), and then every page of the next one costs a fault. With those
-// in use they take at most a quarter more than ever was in use at once: without that quarter, blocks of one size would
-// be given back for those of another in every pass.
+// in use they take at most half more than ever was in use at once, counted in whole blocks: without that half, blocks
+// of one size would be given back for those of another in every pass.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -126,11 +126,11 @@ def test_a_freed_block_is_kept_for_the_next_result_of_about_its_size(kept):
 
 
 def test_blocks_that_are_kept_do_not_pile_up(kept):
-    """With those in use they take a quarter more than was in use at most."""
+    """With those in use they take half more than was in use at most."""
     like = torch.zeros(1)
     for megabytes in (3, 64, 5, 31, 9, 17, 40, 2, 25, 64, 12):
         allocation.empty(like, megabytes << 18)
-    assert 64 << 20 <= _native.release_blocks() <= 81 << 20
+    assert 64 << 20 <= _native.release_blocks() <= 97 << 20
 
 
 def test_blocks_of_several_threads(kept):
