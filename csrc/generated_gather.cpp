@@ -28,8 +28,11 @@ constexpr int64_t kGatherRows = 28;             // accumulators; the other four 
 constexpr int64_t kBandRows = 4 * kGatherRows;  // staged before they go to a channels-last destination: whole lines
 constexpr int64_t kSliceBytes = 16 << 10;       // of results staged at a time
 constexpr int64_t kChunkNonzeros = 2048;        // of one chunk, whose code then fits the first-level instruction cache
-// A line of the next code is fetched for so many: about the whole of it while a chunk runs over eight vectors.
-constexpr int64_t kNonzerosPerFetch = 48;
+// A line of the next code is fetched for so many nonzeros, the more often the fewer vectors of a tile a chunk runs over:
+// the whole of it is there in half of that time.
+inline int64_t nonzeros_per_fetch(const Tiling& t) {
+    return std::clamp<int64_t>(t.rows * t.cols * t.lanes / kLanes * 3 / 2, 8, 48);
+}
 
 // x, values: of the chunk; out_row: bytes from a row's lanes to the next row's; bias: of the chunk's rows; next: the
 // code that runs after this one, fetched meanwhile; ahead: what else is, in code that reads its source in place.
@@ -59,7 +62,12 @@ struct GatherProgram : Program {
 class GatherCompiler {
   public:
     GatherCompiler(const Product& product, const Tiling& tiling, const Plane& plane, bool in_place)
-        : q(product), t(tiling), p(plane), g(product.geometry), nonzeros(product, tiling, plane) {
+        : q(product),
+          t(tiling),
+          p(plane),
+          g(product.geometry),
+          per_fetch(nonzeros_per_fetch(tiling)),
+          nonzeros(product, tiling, plane) {
         if (in_place) share_out_lines();
     }
 
@@ -92,6 +100,7 @@ class GatherCompiler {
     const Tiling& t;
     const Plane& p;
     const Geometry& g;
+    const int64_t per_fetch;
     Assembler assembler;
     std::shared_ptr<GatherProgram> program = std::make_shared<GatherProgram>();
     SortedNonzeros nonzeros;
@@ -133,7 +142,7 @@ class GatherCompiler {
 
     void emit(const GatherChunk& chunk, const std::vector<Entry>& entries, int64_t begin, int64_t end) {
         Assembler& a = assembler;
-        const int64_t fetches = (end - begin) / kNonzerosPerFetch;
+        const int64_t fetches = (end - begin) / per_fetch;
         const int64_t lines = chunk.fetched * program->run_lines;
         a.reserve(size_t(2 * (end - begin) + (end - begin) / 256 + fetches + 2 * lines + 4 * chunk.rows + 30));
         const int32_t pushed = chunk.fetched > 0 ? 24 : 8;
@@ -180,8 +189,8 @@ class GatherCompiler {
             else
                 a.fma_broadcast(entry.row, source, r11, value - at);
             fresh &= ~(1u << entry.row);
-            if (const int64_t count = i - begin + 1; count % kNonzerosPerFetch == 0)
-                a.prefetch(rbx, int32_t(count / kNonzerosPerFetch - 1) * 64);
+            if (const int64_t count = i - begin + 1; count % per_fetch == 0)
+                a.prefetch(rbx, int32_t(count / per_fetch - 1) * 64);
             for (int64_t line = lines * (i - begin) / (end - begin); line < lines * (i - begin + 1) / (end - begin);
                  ++line) {
                 const int64_t run = line / program->run_lines, of_run = line % program->run_lines;
