@@ -55,8 +55,11 @@ inline TileLimits generated_limits(const Product& q) {
         const int64_t vectors = even_vectors(q, std::clamp<int64_t>(bytes / vector_bytes, 4, kRunVectors));
         return {vectors * kLanes, vectors * kLanes, 1, bytes, false, 0, true};
     }
-    // A chunk of a gather product reads the same lines of all channels, one position after another.
-    return {std::min<int64_t>(g.batch, 16 * kLanes), kRunVectors * kLanes, 64, bytes, true, 0, true, !q.value_grad};
+    // A chunk of a gather product reads the same lines of all channels, one position after another. A weight gradient
+    // sums long runs.
+    const bool gathers = q.value_grad == nullptr;
+    const int64_t samples = std::min<int64_t>(g.batch, 16 * kLanes), part = gathers ? 2 * kLanes : 0;
+    return {samples, kRunVectors * kLanes, 64, bytes, true, 0, true, gathers, part};
 }
 
 // A larger source comes from memory, however soon it is read after it was written.

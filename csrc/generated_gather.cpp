@@ -28,8 +28,8 @@ constexpr int64_t kGatherRows = 28;             // accumulators; the other four 
 constexpr int64_t kBandRows = 4 * kGatherRows;  // staged before they go to a channels-last destination: whole lines
 constexpr int64_t kSliceBytes = 16 << 10;       // of results staged at a time
 constexpr int64_t kChunkNonzeros = 2048;        // of one chunk, whose code then fits the first-level instruction cache
-// A line of the next code is fetched for so many nonzeros, the more often the fewer vectors of a tile a chunk runs over:
-// the whole of it is there in half of that time.
+// A line of the code that follows is fetched for so many nonzeros, the more often the fewer vectors a tile has: about
+// four times as much as a chunk takes while it runs over them, so that fetching is some chunks ahead.
 inline int64_t nonzeros_per_fetch(const Tiling& t) {
     return std::clamp<int64_t>(t.rows * t.cols * t.lanes / kLanes * 3 / 2, 8, 48);
 }

@@ -77,6 +77,7 @@ struct TileLimits {
     int64_t vector = 0;   // a lone position's samples in interleaved groups of so many: [group][channel][sample]
     bool drop = false;    // taps that read nothing but padding get no place in the panel
     bool odd = false;     // channels lie an odd number of cache lines apart, and so spread over all sets of a cache
+    int64_t part = 0;  // a tile may have half of `lanes`, a quarter and so on, as long as that is a multiple of this
 };
 
 struct Tiling {
@@ -95,9 +96,7 @@ struct Tiling {
     Tiling(const Geometry& g, const Plane& p, const TileLimits& limits)
         : y(p.tap_y, g.taps_h, g.step_y, p.height, g.source_h, limits.drop),
           x(p.tap_x, g.taps_w, g.step_x, p.width, g.source_w, limits.drop) {
-        lanes = std::clamp<int64_t>(g.batch, 1, limits.lanes);  // no sample: no tile, and no division by zero
-        batch_tiles = (g.batch + lanes - 1) / lanes;
-        choose_extents(p, limits, g.channels_per_group * lanes * 4);
+        choose_extents(g, p, limits);
         panel_cols = cols + x.reach;
         panel_rows = rows + y.reach;
         column_stride = lanes;
@@ -126,28 +125,38 @@ struct Tiling {
             group_stride = groups_per_chunk * block_channels * limits.vector;
         }
     }
-    // Columns and rows of a tile, evened out over the plane. `bytes`: of one panel entry over all channels.
-    void choose_extents(const Plane& p, const TileLimits& limits, int64_t bytes) {
+    // Samples, columns and rows of a tile; the latter are evened out over the plane.
+    void choose_extents(const Geometry& g, const Plane& p, const TileLimits& limits) {
         const int64_t width = std::max<int64_t>(p.width, 1), height = std::max<int64_t>(p.height, 1);
-        auto even = [](int64_t size, int64_t limit) {
-            const int64_t parts = (size + limit - 1) / limit;
-            return (size + parts - 1) / parts;
-        };
-        const int64_t widest = std::clamp<int64_t>(limits.run / lanes, 1, width);
+        const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+        const auto even = [&](int64_t size, int64_t limit) { return parts(size, parts(size, limit)); };
+        constexpr double kPiece = 8;  // floats that could be packed while one more piece is begun
         double least = 0;
-        for (int64_t limit = limits.square ? 1 : widest; limit <= widest; ++limit) {
-            const int64_t c = even(width, limit);
-            const int64_t line = y.phase_count() * x.phase_count() * (c + x.reach) * bytes;
-            int64_t r = std::clamp<int64_t>(limits.bytes / std::max<int64_t>(line, 1) - y.reach, 1,
-                                            std::min(height, limits.rows));
-            r = even(height, r);
-            // What is packed for a position, and the fixed cost of a row of positions.
-            const double cost = double((r + y.reach) * (c + x.reach)) / double(r * c) + 8.0 / double(c * lanes);
-            if (least > 0 && cost >= least) continue;
-            least = cost;
-            cols = c;
-            rows = r;
+        int64_t samples = std::clamp<int64_t>(g.batch, 1, limits.lanes);  // none: no tile, and no division by zero
+        for (bool first = true; first || (limits.part > 0 && samples % (2 * limits.part) == 0); first = false) {
+            if (!first) samples /= 2;
+            const int64_t bytes = g.channels_per_group * samples * 4;  // of one panel entry over all channels
+            const int64_t widest = std::clamp<int64_t>(limits.run / samples, 1, width);
+            for (int64_t limit = limits.square ? 1 : widest; limit <= widest; ++limit) {
+                const int64_t c = even(width, limit);
+                const int64_t line = y.phase_count() * x.phase_count() * (c + x.reach) * bytes;
+                int64_t r = std::clamp<int64_t>(limits.bytes / std::max<int64_t>(line, 1) - y.reach, 1,
+                                                std::min(height, limits.rows));
+                r = even(height, r);
+                // What is packed for a position, in pieces where a tile has some of the samples, and the fixed cost of
+                // a row of positions.
+                const double packed_rows = double(height + parts(height, r) * y.reach) / double(height);
+                const double packed_cols = double(width + parts(width, c) * x.reach) / double(width);
+                const double pieces = samples < g.batch ? kPiece / double(samples) : 0.0;
+                const double cost = packed_rows * packed_cols * (1.0 + pieces) + 8.0 / double(c * samples);
+                if (least > 0 && cost >= least) continue;
+                least = cost;
+                lanes = samples;
+                cols = c;
+                rows = r;
+            }
         }
+        batch_tiles = (g.batch + lanes - 1) / lanes;
         x_tiles = (p.width + cols - 1) / cols;
         y_tiles = (p.height + rows - 1) / rows;
     }

@@ -33,6 +33,7 @@ def run(code, **environment):
     )
     return done.stdout.splitlines()
 
+
 HUGE_PAGES = """
 import torch
 from sparse_ft.memory import keep_freed_memory
