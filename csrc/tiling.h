@@ -132,9 +132,8 @@ struct Tiling {
         const auto even = [&](int64_t size, int64_t limit) { return parts(size, parts(size, limit)); };
         constexpr double kPiece = 8;  // floats that could be packed while one more piece is begun
         double least = 0;
-        int64_t samples = std::clamp<int64_t>(g.batch, 1, limits.lanes);  // none: no tile, and no division by zero
-        for (bool first = true; first || (limits.part > 0 && samples % (2 * limits.part) == 0); first = false) {
-            if (!first) samples /= 2;
+        const int64_t most = std::clamp<int64_t>(g.batch, 1, limits.lanes);  // no sample: no division by zero
+        for (int64_t samples = most;; samples /= 2) {
             const int64_t bytes = g.channels_per_group * samples * 4;  // of one panel entry over all channels
             const int64_t widest = std::clamp<int64_t>(limits.run / samples, 1, width);
             for (int64_t limit = limits.square ? 1 : widest; limit <= widest; ++limit) {
@@ -155,6 +154,7 @@ struct Tiling {
                 cols = c;
                 rows = r;
             }
+            if (limits.part == 0 || samples % (2 * limits.part) != 0) break;
         }
         batch_tiles = (g.batch + lanes - 1) / lanes;
         x_tiles = (p.width + cols - 1) / cols;
