@@ -77,7 +77,7 @@ struct TileLimits {
     int64_t vector = 0;   // a lone position's samples in interleaved groups of so many: [group][channel][sample]
     bool drop = false;    // taps that read nothing but padding get no place in the panel
     bool odd = false;     // channels lie an odd number of cache lines apart, and so spread over all sets of a cache
-    int64_t part = 0;  // a tile may have half of `lanes`, a quarter and so on, as long as that is a multiple of this
+    int64_t part = 0;     // `lanes` may be halved, and again, while they are a multiple of twice this; 0: never
 };
 
 struct Tiling {
