@@ -15,6 +15,7 @@
 #include "convolution.h"
 #include "dispatch.h"
 #include "edge.h"
+#include "pages.h"
 #include "positions.h"
 #include "programs.h"
 #include "tensor.h"
@@ -88,6 +89,7 @@ PYBIND11_MODULE(_native, m) {
     });
     m.def("keep_blocks", &keep_blocks);
     m.def("release_blocks", &release_blocks);
+    m.def("ask_for_huge_heap", &ask_for_huge_heap);
     m.def("threads", &threads_for);
     m.def("untransformed", &untransformed);
     m.def("unwatched", &unwatched);

@@ -1,45 +1,19 @@
 #include "block.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <utility>
+
+#include "pages.h"
 
 namespace sparse_ft {
 namespace {
 
 constexpr uintptr_t kAlignment = 64;
 constexpr size_t kLarge = 1 << 20;  // a smaller block is the allocator's business
-
-// Asks the system for huge pages: for a block that malloc took from the heap, over all that the heap has grown by; for
-// another, over its own pages. Callers take turns.
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-void ask_for_huge_pages(void* memory, size_t size) {
-    static const char* const wish = std::getenv("SPARSE_FT_HUGE_PAGES");
-    if (wish != nullptr && std::strcmp(wish, "0") == 0) return;
-    static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-    static uintptr_t asked = 0;  // up to where in the heap
-    const uintptr_t heap_end = reinterpret_cast<uintptr_t>(sbrk(0));
-    uintptr_t start = reinterpret_cast<uintptr_t>(memory), end = start + size;
-    if (start < heap_end) {  // which lies below whatever is mapped
-        if (heap_end == asked) return;
-        if (heap_end > asked) start = std::max(start, asked);
-        end = asked = heap_end;
-    }
-    start = start / page * page;
-    madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-}
-#else
-void ask_for_huge_pages(void*, size_t) {}
-#endif
 
 // The large blocks of this process: those in use are counted, those that are not are kept.
 class LargeBlocks {

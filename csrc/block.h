@@ -9,8 +9,7 @@
 // in use they take at most half more than ever was in use at once, counted in whole blocks: without that half, blocks
 // of one size would be given back for those of another in every pass.
 //
-// The system is asked to back large ones by huge pages: a channel lies pages away from the next, and a pass touches
-// more of them than a processor keeps translations of addresses for. SPARSE_FT_HUGE_PAGES=0 asks for none.
+// Large ones ask for huge pages (pages.h).
 #pragma once
 #include <cstdint>
 #include <vector>

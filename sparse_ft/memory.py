@@ -24,7 +24,6 @@ _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD = 2**30  # blocks from here on go back to the system as before
 _TRIM_THRESHOLD = 2**31 - 1  # the largest that mallopt takes: the top of the heap stays
 _RESERVED = _MMAP_THRESHOLD - 2**16  # bytes by which the heap grows at once
-_MADV_HUGEPAGE = 14  # of madvise(2)
 _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 
@@ -52,31 +51,12 @@ def keep_freed_memory() -> MemorySetting:
     for allocator in _OTHER_ALLOCATORS:
         if allocator in preloaded:
             return MemorySetting(False, f"memory is managed by {allocator} (LD_PRELOAD): left as it is")
-    libc = ctypes.CDLL(None)
-    mallopt = libc.mallopt
+    mallopt = ctypes.CDLL(None).mallopt
     if not (mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)):
         return MemorySetting(False, f"{others}: mallopt refused the thresholds")
     _native.keep_blocks(False)  # malloc does now, and cuts and joins them
-    if os.environ.get("SPARSE_FT_HUGE_PAGES") != "0":
-        _ask_for_huge_pages(libc)
+    _native.ask_for_huge_heap(_RESERVED)
     return MemorySetting(True, "freed memory is kept for reuse (glibc mallopt), which saves page faults")
-
-
-def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """For the heap as it is, where the system joins small pages in time, and for its next gigabyte, which begins with
-    huge ones and takes no memory until it is used. What grows beyond, the native core asks for."""
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-    libc.free.argtypes = (ctypes.c_void_p,)
-    libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    reserved = libc.malloc(_RESERVED)
-    try:
-        with open("/proc/self/maps") as maps:
-            heap = [line.split()[0].split("-") for line in maps if line.endswith("[heap]\n")]
-    except OSError:
-        heap = []
-    for start, end in heap:
-        libc.madvise(int(start, 16), int(end, 16) - int(start, 16), _MADV_HUGEPAGE)
-    libc.free(reserved)
 
 
 def return_freed_memory() -> None:
