@@ -31,10 +31,11 @@ void run(void (*kernel)(const Task&), const Task& task) {
 }
 
 // `most`, or fewer where there is little to do: a parallel region costs some microseconds, more on a busy machine, so
-// that a thread is worth having for this many operations.
-inline int threads_for(int64_t operations, int most) {
-    constexpr int64_t kOperationsPerThread = 400'000;
-    return int(std::max<int64_t>(1, std::min<int64_t>(most, operations / kOperationsPerThread)));
+// that a thread is worth having for 400,000 of a product's operations. To read or write a value takes as long as a
+// dozen of them.
+inline int threads_for(int64_t operations, int64_t values, int most) {
+    constexpr int64_t kOperationsPerThread = 400'000, kOfValue = 12;
+    return int(std::clamp<int64_t>((operations + kOfValue * values) / kOperationsPerThread, 1, most));
 }
 
 void bind_products(pybind11::module_& m);  // products.cpp

@@ -85,8 +85,7 @@ class Weight {
 };
 
 inline int threads_of(const Weight& weight, const Place& x, const Place& y, int most) {
-    // Packing and storing cost about one operation an element, whatever few nonzeros there are.
-    return threads_for(2 * weight.nnz * (y.size[0] * y.size[2] * y.size[3]) + count(x) + count(y), most);
+    return threads_for(2 * weight.nnz * (y.size[0] * y.size[2] * y.size[3]), count(x) + count(y), most);
 }
 
 inline bool is_image(const Tensor& x) { return x.is_activation() && x.is_batch_last(); }

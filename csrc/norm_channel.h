@@ -19,7 +19,7 @@ constexpr int64_t kChunk = 2048;  // elements summed in single precision before 
 // Adds to sums in double, over elements [begin, end), the two vectors that terms(i, count, &a, &b) adds to. `begin` is
 // a multiple of kChunk.
 template <class Terms>
-void two_sums(int64_t begin, int64_t end_of_all, Terms terms, double* total_a, double* total_b) {
+SPARSE_FT_INLINE void two_sums(int64_t begin, int64_t end_of_all, Terms terms, double* total_a, double* total_b) {
     for (int64_t start = begin; start < end_of_all; start += kChunk) {
         const int64_t end = start + kChunk < end_of_all ? start + kChunk : end_of_all;
         vec sum_a[4] = {}, sum_b[4] = {};
@@ -145,7 +145,7 @@ class ChannelGradient {
     const ElementGradient<T, Act, kSlope>& of_element() const { return element; }
 
     // Elements [begin, end); `kept` gets g where it is not null.
-    void add(int64_t begin, int64_t end, T* kept) {
+    SPARSE_FT_INLINE void add(int64_t begin, int64_t end, T* kept) {
         if (kept)
             sum(begin, end, [kept](int64_t i, int count, vec g) { store(kept + i, g, count); });
         else
@@ -167,7 +167,7 @@ class ChannelGradient {
     double sum_g = 0, sum_gx = 0;
 
     template <class Keep>
-    void sum(int64_t begin, int64_t end, Keep keep) {
+    SPARSE_FT_INLINE void sum(int64_t begin, int64_t end, Keep keep) {
         two_sums(
             begin, end,
             [from = element, keep](int64_t i, int count, vec& a, vec& b) {

@@ -23,12 +23,13 @@ class Arguments {
         : x(x_) {
         fits = is_image(x) && x.count() > 0 && is_activation(activation);
         if (!fits) return;
+        constexpr int64_t kOfChannel = 2000;  // operations, in the time of sums that wait for one another
         norm.channels = x.size(1);
         norm.size = x.count() / x.size(1);
         norm.element = x.element();
         norm.activation = activation_of(activation);
         norm.x = x.data<const void>();
-        norm.threads = threads_for(4 * x.count(), most_threads);
+        norm.threads = threads_for(kOfChannel * norm.channels, 2 * x.count(), most_threads);
         norm.weight = channels(weight);
         norm.bias = channels(bias);
         this->mean = channels(mean);
@@ -278,7 +279,8 @@ void move_towards(const Tensor& running, const Tensor& measured, float correctio
     }
 }
 
-// One more batch in a norm's running statistics; without a momentum they are averages over all. Whether it could.
+// One more batch in a norm's running statistics; without a momentum they are averages over all. Whether it could:
+// what is written must count its versions, as nothing of inference mode does.
 bool update_running(py::handle batches_, py::handle running_mean_, py::handle running_variance_, py::handle mean_,
                     py::handle variance_, std::optional<double> momentum, float correction) {
     const Tensor batches(batches_), running_mean(running_mean_), running_variance(running_variance_);
@@ -287,6 +289,8 @@ bool update_running(py::handle batches_, py::handle running_mean_, py::handle ru
     for (const Tensor* each : {&running_mean, &running_variance, &mean, &variance})
         if (!each->is_floats(channels)) return false;
     if (!batches.is_count()) return false;
+    for (const py::handle& written : {batches_, running_mean_, running_variance_})
+        if (!counts_versions(written)) return false;
     const int64_t number = ++*batches.data<int64_t>();
     const float share = float(momentum ? *momentum : 1.0 / double(number));
     move_towards(running_mean, mean, 1.0f, share);

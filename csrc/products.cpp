@@ -143,6 +143,38 @@ py::object conv2d(const Convolution& c, py::handle x_, py::handle values, py::ha
     return py::make_tuple(y->object, mean.object, variance.object);
 }
 
+// The gradient of a convolution's input, of `sizes`.
+void input_grad(const Convolution& c, const Tensor& grad, const Weight& weight, const Four& sizes, void* grad_x,
+                Programs* programs, int threads) {
+    const bool flat = is_flat(c);
+    const Place from = batch_last(grad.sizes(), flat), to = batch_last(sizes.data(), flat);
+    InputGradProduct g(c, to.size, view(grad.data<void>(), from), from.positions(), view(grad_x, to),
+                       weight.t_row_ptr(), weight.t_col(), weight.perm(), weight.values, weight.nnz, programs,
+                       threads_of(weight, to, from, threads));
+    g.product.element = grad.element();
+    run(active_kernels().gather_product, g.product);
+}
+
+void weight_grad(const Convolution& c, const Tensor& grad, const Tensor& x, const Weight& weight,
+                 const SourceNorm* norm, void* value_grad, Programs* programs, int threads) {
+    const bool flat = is_flat(c);
+    const Place from = batch_last(x.sizes(), flat), to = batch_last(grad.sizes(), flat);
+    ForwardProduct f(c, from.size, view(x.data<void>(), from), to.positions(), weight.row_ptr(), weight.col(),
+                     weight.nnz, programs, threads_of(weight, from, to, threads));
+    f.product.element = x.element();
+    f.product.norm = norm;
+    f.product.grad = view(grad.data<void>(), to);
+    f.product.value_grad = static_cast<float*>(value_grad);
+    run(active_kernels().sampled_product, f.product);
+}
+
+// Whether `x` and `grad` are a convolution's input and its output's gradient.
+bool are_sides(const Convolution& c, const Tensor& x, const Tensor& grad) {
+    if (!is_image(x) || x.count() == 0 || grad.count() == 0) return false;
+    const std::optional<Four> sizes = output_sizes(c, x.sizes());
+    return sizes && is_image_of(grad, x.element(), sizes->data());
+}
+
 py::object conv2d_input_grad(const Convolution& c, py::handle grad_, py::handle values, py::handle pattern,
                              Programs* programs, int threads, const std::vector<int64_t>& input_sizes,
                              py::handle out) {
@@ -156,14 +188,7 @@ py::object conv2d_input_grad(const Convolution& c, py::handle grad_, py::handle 
         return py::none();
     const std::optional<NewTensor> grad_x = image(out, grad.element(), sizes.data());
     if (!grad_x) return py::none();
-
-    const bool flat = is_flat(c);
-    const Place from = batch_last(grad.sizes(), flat), to = batch_last(sizes.data(), flat);
-    InputGradProduct g(c, to.size, view(grad.data<void>(), from), from.positions(), view(grad_x->data, to),
-                       weight.t_row_ptr(), weight.t_col(), weight.perm(), weight.values, weight.nnz, programs,
-                       threads_of(weight, to, from, threads));
-    g.product.element = grad.element();
-    run(active_kernels().gather_product, g.product);
+    input_grad(c, grad, weight, sizes, grad_x->data, programs, threads);
     return grad_x->object;
 }
 
@@ -171,24 +196,30 @@ py::object conv2d_weight_grad(const Convolution& c, py::handle grad_, py::handle
                               Programs* programs, int threads, py::handle norm, py::handle out) {
     const Tensor grad(grad_), x(x_);
     const Weight weight(c, pattern, py::none(), py::none());
-    if (!is_image(x) || x.count() == 0 || grad.count() == 0 || !weight.fits) return py::none();
-    const std::optional<Four> sizes = output_sizes(c, x.sizes());
-    if (!sizes || !is_image_of(grad, x.element(), sizes->data())) return py::none();
+    if (!are_sides(c, x, grad) || !weight.fits) return py::none();
     const Entrance entrance(norm, x.size(1));
     if (!entrance.fits) return py::none();
     const std::optional<NewTensor> value_grad = floats(out, weight.nnz);
     if (!value_grad) return py::none();
-
-    const bool flat = is_flat(c);
-    const Place from = batch_last(x.sizes(), flat), to = batch_last(sizes->data(), flat);
-    ForwardProduct f(c, from.size, view(x.data<void>(), from), to.positions(), weight.row_ptr(), weight.col(),
-                     weight.nnz, programs, threads_of(weight, from, to, threads));
-    f.product.element = x.element();
-    f.product.norm = entrance.get();
-    f.product.grad = view(grad.data<void>(), to);
-    f.product.value_grad = static_cast<float*>(value_grad->data);
-    run(active_kernels().sampled_product, f.product);
+    weight_grad(c, grad, x, weight, entrance.get(), value_grad->data, programs, threads);
     return value_grad->object;
+}
+
+// Both, the second with the sizes of `values`.
+py::object conv2d_backward(const Convolution& c, py::handle grad_, py::handle x_, py::handle values_,
+                           py::handle pattern, Programs* programs, int threads, py::handle norm) {
+    const Tensor grad(grad_), x(x_), values(values_);
+    const Weight weight(c, pattern, values_, py::none());
+    if (!are_sides(c, x, grad) || !weight.fits || !weight.valued) return py::none();
+    const Entrance entrance(norm, x.size(1));
+    if (!entrance.fits) return py::none();
+    const Four sizes{x.size(0), x.size(1), x.size(2), x.size(3)};
+    const NewTensor grad_x = new_batch_last(x.element(), x.sizes());
+    const NewTensor value_grad =
+        new_contiguous(Element::kFloat, {values.sizes(), values.sizes() + values.dimensions()});
+    input_grad(c, grad, weight, sizes, grad_x.data, programs, threads);
+    weight_grad(c, grad, x, weight, entrance.get(), value_grad.data, programs, threads);
+    return py::make_tuple(grad_x.object, value_grad.object);
 }
 
 // ---- linear layers: token-major activations (..., features) ----------------------------------------
@@ -205,10 +236,9 @@ int64_t tokens(const Tensor& x) {
 
 // The same dimensions with another last one.
 NewTensor tokens_like(const Tensor& x, int64_t features) {
-    std::vector<int64_t> sizes(x.sizes(), x.sizes() + x.dimensions()), strides(sizes.size(), 1);
+    std::vector<int64_t> sizes(x.sizes(), x.sizes() + x.dimensions());
     sizes.back() = features;
-    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-    return new_tensor(x.element(), sizes, strides);
+    return new_contiguous(x.element(), sizes);
 }
 
 py::object linear(const Convolution& c, py::handle x_, py::handle values, py::handle bias, py::handle pattern,
@@ -278,6 +308,7 @@ void bind_products(py::module_& m) {
     m.def("conv2d", &conv2d);
     m.def("conv2d_input_grad", &conv2d_input_grad);
     m.def("conv2d_weight_grad", &conv2d_weight_grad);
+    m.def("conv2d_backward", &conv2d_backward);
     m.def("linear", &linear);
     m.def("linear_input_grad", &linear_input_grad);
     m.def("linear_weight_grad", &linear_weight_grad);

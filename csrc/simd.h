@@ -7,6 +7,10 @@
 #include <immintrin.h>
 #endif
 
+// For what short loops would else be handed by way of memory: a load that spans several stores of just now waits until
+// they have reached the cache.
+#define SPARSE_FT_INLINE inline __attribute__((always_inline))
+
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 
@@ -21,6 +25,7 @@ constexpr int kLanes = 4;
 typedef float vec __attribute__((vector_size(kLanes * 4), may_alias));
 typedef float vec_u __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef float vec4 __attribute__((vector_size(16), may_alias));
 typedef float vec8 __attribute__((vector_size(32), may_alias));
 typedef float vec8_u __attribute__((vector_size(32), aligned(4), may_alias));
 
@@ -106,10 +111,22 @@ inline vec multiply_add(vec a, vec b, vec c) {
 #endif
 }
 
+// By halves: one lane after another would be a chain of as many additions, which short channels wait for.
 inline float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < kLanes; ++i) total += v[i];
-    return total;
+#if defined(__AVX512F__)
+    const vec8 half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const vec half = v;
+#endif
+#if defined(__AVX2__)
+    const vec4 quarter =
+        __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+    const vec4 quarter = half;
+#endif
+    const vec4 pair = quarter + __builtin_shufflevector(quarter, quarter, 2, 3, 2, 3);
+    return pair[0] + pair[1];
 }
 
 // Sums of eight vectors at once: out[i] = sum(v[i]). A shuffle tree costs about five operations

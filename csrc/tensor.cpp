@@ -96,6 +96,8 @@ bool unwatched(const py::args& args) {
     return true;
 }
 
+bool counts_versions(py::handle tensor) { return version_of(tensor) != kNoVersion; }
+
 py::bytes versions_of(const py::args& tensors) {
     std::vector<int64_t> numbers;
     for (const py::handle& each : tensors) numbers.push_back(each.is_none() ? kNoVersion : version_of(each));
@@ -164,6 +166,12 @@ NewTensor new_tensor(Element element, const std::vector<int64_t>& sizes, const s
 NewTensor new_batch_last(Element element, const int64_t* sizes) {
     const int64_t n = sizes[0], h = sizes[2], w = sizes[3];
     return new_tensor(element, {n, sizes[1], h, w}, {1, h * w * n, w * n, n});
+}
+
+NewTensor new_contiguous(Element element, const std::vector<int64_t>& sizes) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    return new_tensor(element, sizes, strides);
 }
 
 NewTensor new_floats(int64_t count) { return new_tensor(Element::kFloat, {count}, {1}); }

@@ -27,6 +27,9 @@ bool unwatched(const pybind11::args& args);
 // always the same.
 pybind11::bytes versions_of(const pybind11::args& tensors);
 
+// Whether a tensor counts how often it is written to, as none that was made in inference mode does.
+bool counts_versions(pybind11::handle tensor);
+
 // Versions and addresses of tensors, to see whether they were written to; None where one counts no versions.
 pybind11::object state_of(const pybind11::sequence& tensors);
 
@@ -80,6 +83,7 @@ struct NewTensor {
 };
 NewTensor new_tensor(Element element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
 NewTensor new_batch_last(Element element, const int64_t* sizes);
+NewTensor new_contiguous(Element element, const std::vector<int64_t>& sizes);
 NewTensor new_floats(int64_t count);
 
 }  // namespace sparse_ft

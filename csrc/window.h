@@ -5,8 +5,6 @@
 
 #include "element.h"
 
-#define SPARSE_FT_INLINE inline __attribute__((always_inline))
-
 namespace sparse_ft {
 namespace SPARSE_FT_ISA {
 

@@ -39,7 +39,7 @@ def _version(tensor: Tensor) -> int | None:
 
 _FEWEST_SAMPLES = 16  # a convolution that reads fewer at a time computes value by value what a norm does by vectors
 # A smaller activation stays in the caches, where writing and reading it costs less than computing it twice.
-FEWEST_VALUES = 1 << 21
+FEWEST_VALUES = 1 << 20
 
 
 class Patience:

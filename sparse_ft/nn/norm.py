@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from sparse_ft.nn.deferred import Deferred, Patience, PendingNorm
 from sparse_ft.nn.module import parameter_of
@@ -28,7 +29,7 @@ def _keeps_layout(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     weight, bias = _parameters(norm)
     mean = norm._buffers["running_mean"]
     # In one call, where these are what they usually are.
-    if type(x) is Tensor and not torch.compiler.is_compiling() and takes_norm(x, weight, bias, mean):
+    if type(x) is Tensor and not is_dynamo_compiling() and takes_norm(x, weight, bias, mean):
         return x.shape[1] == norm.num_features
     if x.dim() != 4 or not is_batch_last(x):
         return False
@@ -46,7 +47,7 @@ def _parameters(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
 
 def _can_wait(x: Tensor) -> bool:
     # A traced graph has all it needs to fuse by itself. What counts no versions could change unseen.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_dynamo_compiling() or torch.jit.is_tracing():
         return False
     return type(x) is Tensor and not x.is_inference()
 

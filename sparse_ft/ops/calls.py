@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from sparse_ft.ops import _native
 from sparse_ft.ops._native import unwatched
@@ -40,6 +41,11 @@ def _operator(name: str) -> tuple[Callable, int]:
     return operator, len(operator._schema.arguments)
 
 
+def plain(*args: Any) -> bool:
+    """Whether a call with these arguments means what it says: the tensors are ordinary ones, and nobody watches."""
+    return not is_dynamo_compiling() and unwatched(*args)
+
+
 def caller(name: str, differentiable: Callable | None = None) -> Callable[..., Any]:
     """A function that computes operator `name`; by way of `differentiable` where a gradient is recorded.
 
@@ -57,7 +63,7 @@ def caller(name: str, differentiable: Callable | None = None) -> Callable[..., A
         differentiable = super(torch.autograd.Function, kind).apply
 
     def call(*args):
-        if torch.compiler.is_compiling() or not unwatched(*args):
+        if is_dynamo_compiling() or not unwatched(*args):
             return operator(*args[:count])
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return operator(*args[:count]) if differentiable is None else differentiable(*args)

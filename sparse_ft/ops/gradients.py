@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparse_ft.ops import native
 from sparse_ft.ops.activations import Activation
-from sparse_ft.ops.calls import below_autograd, caller
+from sparse_ft.ops.calls import below_autograd, caller, plain
 from sparse_ft.ops.checks import check_whole_norm
 from sparse_ft.ops.layout import BATCH_LAST, is_batch_last, layout_of
 from sparse_ft.ops.schema import IMPLEMENTATIONS, library
@@ -65,17 +66,27 @@ class _Conv2d(_Weighted):
     @staticmethod
     def backward(ctx, grad):
         x, values = ctx.saved_tensors
-        grad_x = grad_values = grad_bias = None
-        needs_x, needs_values, needs_bias, *others = ctx.needs_input_grad
-        if not is_batch_last(grad):
-            grad = to_layout(grad, BATCH_LAST)
-        if needs_x:
-            grad_x = conv2d_input_grad(grad, values, ctx.pattern, *ctx.geometry, ctx.input_shape)
-        if needs_values:
-            grad_values = _like(conv2d_weight_grad(grad, x, ctx.pattern, *ctx.geometry), values)
-        if needs_bias:
-            grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-        return grad_x, grad_values, grad_bias, *[None] * len(others)
+        grads = _conv2d_gradients(ctx, grad, x, values, ctx.input_shape)
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+
+def _conv2d_gradients(ctx, grad, x, values, input_shape, norm=()):
+    """Gradients of x, or of what the norm (weight, bias, mean, rstd, activation) makes of it, of values and bias."""
+    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+    grad_x = grad_values = None
+    grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype) if needs_bias else None
+    if needs_x and needs_values and not torch.is_grad_enabled() and plain(grad, x, values):
+        both = native.conv2d_backward(grad, x, values, ctx.pattern, ctx.geometry, norm)
+        if both is not None:
+            return *both, grad_bias
+    if not is_batch_last(grad):
+        grad = to_layout(grad, BATCH_LAST)
+    if needs_x:
+        grad_x = conv2d_input_grad(grad, values, ctx.pattern, *ctx.geometry, input_shape)
+    if needs_values:
+        of_weight = norm_conv2d_weight_grad if norm else conv2d_weight_grad
+        grad_values = _like(of_weight(grad, x, *norm, ctx.pattern, *ctx.geometry), values)
+    return grad_x, grad_values, grad_bias
 
 
 class _NormConv2d(torch.autograd.Function):
@@ -150,19 +161,9 @@ class _ConvOfUnfinished(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        *norm, values = ctx.saved_tensors
-        grad_x = grad_values = grad_bias = None
-        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-        if not is_batch_last(grad):
-            grad = to_layout(grad, BATCH_LAST)
-        if needs_x:
-            grad_x = conv2d_input_grad(grad, values, ctx.pattern, *ctx.geometry, norm[0].shape)
-        if needs_values:
-            value_grad = norm_conv2d_weight_grad(grad, *norm, ctx.activation, ctx.pattern, *ctx.geometry)
-            grad_values = _like(value_grad, values)
-        if needs_bias:
-            grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-        return grad_x, grad_values, grad_bias, None, None, None, *[None] * len(ctx.geometry)
+        x, *norm, values = ctx.saved_tensors
+        grads = _conv2d_gradients(ctx, grad, x, values, x.shape, (*norm, ctx.activation))
+        return *grads, None, None, None, *[None] * len(ctx.geometry)
 
 
 def conv2d_of_unfinished(

@@ -86,7 +86,10 @@ def _convolution(weight_shape, stride, padding, dilation, groups) -> _native.Con
 
 
 def convolution(weight_shape, stride, padding, dilation, groups) -> _native.Convolution:
-    return _convolution(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    try:
+        return _convolution(weight_shape, stride, padding, dilation, groups)
+    except TypeError:  # lists, as the dispatcher gives them
+        return _convolution(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def of_pattern(weight_shape, stride, padding, dilation, groups) -> _native.Convolution:
@@ -134,9 +137,9 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _threads(operations: int) -> int:
-    """torch's number of threads, or fewer where there is little to do."""
-    return _native.threads(operations, torch.get_num_threads())
+def _threads(values: int, operations: int = 0) -> int:
+    """torch's number of threads, or fewer where few values are read or written, and there is little to compute."""
+    return _native.threads(operations, values, torch.get_num_threads())
 
 
 def build_pattern(weight: Tensor, mask: Tensor | None, conv) -> tuple[list[Tensor], Tensor]:
@@ -243,6 +246,16 @@ def conv2d_weight_grad(grad, x, pattern, geometry, norm=None, out=None) -> Tenso
     return _new(
         _native.conv2d_weight_grad, convolution(*geometry), grad, x, pattern, programs(pattern),
         torch.get_num_threads(), norm, out,
+    )  # fmt: skip
+
+
+def conv2d_backward(grad, x, values, pattern, geometry, norm=()) -> tuple[Tensor, Tensor] | None:
+    """The gradients of x, or of what its norm (weight, bias, mean, rstd, activation) makes of it, and of the values,
+    with their shape."""
+    norm = (*norm[2:4], *norm[:2], norm[4]) if norm else None
+    return _new(
+        _native.conv2d_backward, convolution(*geometry), grad, x, values, pattern, programs(pattern),
+        torch.get_num_threads(), norm,
     )  # fmt: skip
 
 

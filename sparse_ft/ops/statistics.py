@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_ft.ops import _native
 from sparse_ft.ops.by_tensor import ByTensor
+from sparse_ft.ops.calls import plain
 
 
 class Moments:
@@ -42,14 +43,9 @@ def moments_of(y: Tensor) -> tuple[Tensor, Tensor] | None:
     return moments.mean, moments.variance
 
 
-def _unwatched(*tensors: Tensor) -> bool:
-    """Whether these are ordinary tensors, and nobody watches."""
-    return not torch.compiler.is_compiling() and _native.unwatched(*tensors)
-
-
 def reciprocal_deviation(variance: Tensor, eps: float) -> Tensor:
     """1 / sqrt(variance + eps), in the native norm's steps and so to its last bit, whoever computes the norm."""
-    rstd = _native.reciprocal_deviation(variance, eps) if _unwatched(variance) else None
+    rstd = _native.reciprocal_deviation(variance, eps) if plain(variance) else None
     if rstd is not None:
         return rstd
     return (variance.double() + ctypes.c_float(eps).value).sqrt_().reciprocal_().to(variance.dtype)
@@ -71,11 +67,9 @@ def update_running(
         count: values of a channel.
     """
     tensors = batches, *running, *measured
-    written = tensors[:3]
-    if _unwatched(*tensors) and not any(map(Tensor.is_inference, written)):
-        if _native.update_running(*tensors, momentum, count / (count - 1)):
-            torch.autograd.graph.increment_version(written)
-            return
+    if plain(*tensors) and _native.update_running(*tensors, momentum, count / (count - 1)):
+        torch.autograd.graph.increment_version(tensors[:3])
+        return
     batches.add_(1)
     share = 1.0 / float(batches) if momentum is None else momentum
     running[0].lerp_(measured[0], share)
