@@ -462,18 +462,22 @@ class GeneratedGather {
                                : follow ? std::min(run.floats - first, slice.vectors() * kLanes)
                                         : tile.lanes;
         const int64_t ahead = rows_ahead(length * pieces * slice.rows * int64_t(sizeof(float)));
+        const int64_t row_floats = slice.vectors() * kLanes;
+        const bool gapless = pieces * length == row_floats;  // all that is staged of a row is results
         with_result<T>(q, [&](auto result) {
-            for (int slot = 0; row < end; ++row, ++slot, from += row_step)
+            for (int slot = 0; row < end; ++row, ++slot, from += row_step) {
                 for (int64_t r = 0; r < slice.rows; ++r)
                     for (int64_t c = 0; c < pieces; ++c) {
                         const int64_t at = row * d.c + (p.dest_y + (tile.y + slice.row + r) * g.dest_step_y) * d.y +
                                            p.dest_x * d.x + (tile.x + c) * column + tile.n + first;
-                        float* run_of_results = from + r * slice.vectors() * kLanes + c * staged;
+                        float* run_of_results = from + r * row_floats + c * staged;
                         if (row + ahead < end) result.fetch(at + ahead * d.c, length);
                         result.finish(row, run_of_results, at, length);
-                        if (measuring) moments.add<T>(slot, run_of_results, length);
+                        if (measuring && !gapless) moments.add<T>(slot, run_of_results, length);
                         write_run(to + at, run_of_results, length, bypass);
                     }
+                if (measuring && gapless) moments.add<T>(slot, from, slice.rows * row_floats);
+            }
         });
     }
 

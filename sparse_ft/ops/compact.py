@@ -134,6 +134,7 @@ def weight_grad(kept: Compact, grad: Tensor, weight_shape, stride, padding, dila
     operations = 2 * kept.values.numel() * conv[0][0] * conv[0][2] * conv[0][3]
     count = _native.compact_gradient(
         native.convolution(*conv), size, lanes, kept.bits.data_ptr(), kept.start.data_ptr(), kept.values.data_ptr(),
-        position, grad.data_ptr(), _strides(shape, kept.flat), out.data_ptr(), native._threads(grad.numel(), operations),
+        position, grad.data_ptr(), _strides(shape, kept.flat), out.data_ptr(),
+        native._threads(grad.numel(), operations),
     )  # fmt: skip
     return out, count

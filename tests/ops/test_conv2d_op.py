@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, as_stored, assert_products, dense_conv2d, pattern_of, sparse_weight
 
-from sparse_ft.ops import is_batch_last
+from sparse_ft.ops import Activation, is_batch_last, native
 
 STORAGES = ["contiguous", "channels_last", "batch_last", "strided", "transposed"]
 # Whole vectors of every instruction set, whole tiles (48, 96, 192 samples), and one less and more than them.
@@ -138,6 +138,43 @@ def test_zero_batch(isa, dtype):
     )
     assert y.shape == (0, 5, 6, 6) and grad_x.shape == (0, 4, 8, 8)
     assert not grad_values.any() and not grad_bias.any()
+
+
+def test_both_gradients_in_one_call_with_the_norm_of_the_source(isa):
+    torch.manual_seed(0)
+    weight = sparse_weight((6, 5, 3, 3), 0.5, torch.Generator().manual_seed(0))
+    pattern, values = pattern_of(weight, (1, 1, 1, 1))
+    geometry = (tuple(weight.shape), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    x, grad = (native.as_batch_last(torch.randn(17, channels, 7, 6)) for channels in (5, 6))
+    norm = torch.rand(5) + 0.5, torch.randn(5), torch.randn(5), torch.rand(5) + 0.5, int(Activation.RELU)
+    grad_x, grad_values = native.conv2d_backward(grad, x, values, pattern.tensors, geometry, norm)
+    assert torch.equal(
+        grad_x, torch.ops.sparse_ft.conv2d_input_grad(grad, values, pattern.tensors, *geometry, x.shape)
+    )
+    want = torch.ops.sparse_ft.norm_conv2d_weight_grad(grad, x, *norm, pattern.tensors, *geometry)
+    assert grad_values.shape == values.shape and torch.equal(grad_values, want)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"grad": torch.zeros(17, 6, 7, 5)},
+        {"grad": torch.zeros(17, 6, 7, 6)},  # contiguous
+        {"grad": torch.zeros(17, 6, 7, 6).double()},
+        {"x": torch.zeros(17, 4, 7, 6)},
+        {"x": torch.zeros(0, 5, 7, 6)},
+        {"values": torch.zeros(3)},
+        {"norm": (torch.ones(4), None, torch.zeros(5), torch.ones(5), 0)},
+    ],
+)
+def test_what_one_call_does_not_take_it_leaves(changed):
+    weight = sparse_weight((6, 5, 3, 3), 0.5, torch.Generator().manual_seed(0))
+    pattern, values = pattern_of(weight, (1, 1, 1, 1))
+    geometry = (tuple(weight.shape), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    x, grad = (native.as_batch_last(torch.zeros(17, channels, 7, 6)) for channels in (5, 6))
+    given = {"grad": grad, "x": x, "values": values, "pattern": pattern.tensors, "geometry": geometry}
+    assert native.conv2d_backward(**given) is not None
+    assert native.conv2d_backward(**(given | changed)) is None
 
 
 def test_only_the_gradients_that_are_asked_for():

@@ -121,6 +121,9 @@ def test_conv2d(batch, channels, outputs, size, kernel, stride, padding, dilatio
     _close(got, x.grad)
     got = native.conv2d_weight_grad(sink, source, pattern.tensors, geometry)
     _close(got, pattern.from_dense(dense.grad))
+    grad_x, grad_values = native.conv2d_backward(sink, source, values.view(-1, 1), pattern.tensors, geometry)
+    assert torch.equal(grad_x, native.conv2d_input_grad(sink, values, pattern.tensors, geometry, source.shape))
+    assert grad_values.shape == (pattern.nnz, 1) and torch.equal(grad_values.flatten(), got)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
