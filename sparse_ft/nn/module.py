@@ -53,7 +53,7 @@ class SparseModule(nn.Module):
         self.pattern = pattern
         self.weight = nn.Parameter(values.reshape(-1, 1), requires_grad=like.requires_grad)
         self.register_parameter("bias", cast(nn.Parameter | None, bias))
-        self._runs_natively: torch.dtype | None = None  # inputs of this type, as was seen
+        self._runs_natively: tuple[torch.dtype, torch.dtype] | None = None  # types of input and weight, as was seen
         self._reported = False  # that others do not
         self._given: tuple[Tensor, int, int] | None = None  # see _give
 
@@ -123,11 +123,12 @@ class SparseModule(nn.Module):
         if torch.compiler.is_compiling():
             return
         self._take_back()
-        if x.dtype is self._runs_natively or self._reported or x.device.type != "cpu":
+        types = x.dtype, parameter_of(self, "weight").dtype
+        if types == self._runs_natively or self._reported or x.device.type != "cpu":
             return
         reason = self.native_reason(x)
         if not reason:
-            self._runs_natively = x.dtype
+            self._runs_natively = types
         else:
             self._reported = True
             logger.warning("%s runs on the reference backend, which is slow: %s", self, reason)

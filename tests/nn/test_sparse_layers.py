@@ -222,6 +222,17 @@ def test_other_types_run_on_the_reference_backend(form, dtype, caplog):
 
 
 @forms
+def test_a_weight_whose_type_changes_is_reported(form, caplog):
+    dense, x = make(form)
+    sparse, x = sparse_of(dense), x.bfloat16()
+    with caplog.at_level(logging.WARNING):
+        sparse(x)  # natively
+        assert not caplog.records
+        sparse.bfloat16()(x)  # the same input
+    assert len(caplog.records) == 1 and "reference backend" in caplog.text
+
+
+@forms
 def test_double_and_back(form):
     dense, x = make(form)
     sparse = sparse_of(dense)
